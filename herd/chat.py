@@ -95,6 +95,7 @@ class Done:
 
     reason: FinishReason
     usage: Usage
+    tokens: tuple[int, ...] = ()  # the reply's ids, its stop token included; empty where a provider does not tell
 
 
 ChatEvent = Text | Done

@@ -83,12 +83,18 @@ class Reach:
 class Paged:
     """Attention through pages: one pool of slots per layer, shared by all sequences."""
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int], local: Reach, full: Reach) -> None:
-        """keys, values: per layer [slots, G, K], written in place.  counts: new tokens of each sequence, in packed order."""
+    def __init__(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int], local: Reach | None, full: Reach | None
+    ) -> None:
+        """keys, values: per layer [slots, G, K], written in place.  counts: new tokens of each sequence, in packed order.
+
+        local, full: for local and for global layers; None where the model has none.
+        """
         self.keys, self.values, self.counts, self.local, self.full = keys, values, list(counts), local, full
 
     def __call__(self, layer: int, is_local: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         reach = self.local if is_local else self.full
+        assert reach is not None
         keys, values = self.keys[layer], self.values[layer]
         keys[reach.write] = k.to(keys.dtype)
         values[reach.write] = v.to(values.dtype)

@@ -13,6 +13,10 @@ def grouped_linear_plain(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """The same without a loop in Python and, on a GPU, without waiting for the counts."""
+    if x.dtype == torch.float64 or any(size * x.element_size() % 16 for size in weight.shape[1:]):
+        return grouped_linear_plain(x, weight, counts)  # the kernel takes neither float64 nor rows that are no multiple of 16 bytes
     ends = counts.cumsum(0).to(torch.int32)
     out: Tensor = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    if out.requires_grad:  # nor, going back, strides like those of the gradient of `sum`
+        out.register_hook(lambda g: g.clone(memory_format=torch.contiguous_format))  # type: ignore[no-untyped-call]
     return out

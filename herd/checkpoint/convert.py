@@ -1,0 +1,52 @@
+"""One checkpoint format into another, streaming: no more than a few pieces of tensors are in memory at any time.
+
+Peak memory stays under twice the largest piece plus a constant, so a laptop converts the 400B model; `tests/checkpoint` measures it.
+"""
+
+from pathlib import Path
+
+import torch
+
+from herd.checkpoint import gguf, hf, meta, save
+from herd.checkpoint.load import open_model
+from herd.checkpoint.safefile import SHARD_BYTES
+from herd.checkpoint.save import staged
+from herd.checkpoint.source import Source
+from herd.errors import UsageError, nearest
+from herd.log import progress
+
+FORMATS = ("herd", "hf", "meta", "gguf")
+
+
+def convert(src: str | Path, dst: Path, to: str, *, dtype: torch.dtype | None = None) -> None:
+    """Read the checkpoint at a path or of a short name, whatever its format, and write it to `dst` in the format `to`; see `write`."""
+    write(open_model(src), dst, to, dtype=dtype)
+
+
+def write(
+    source: Source,
+    dst: Path,
+    to: str,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    num_shards: int = meta.NUM_SHARDS,
+) -> None:
+    """Write a source to `dst`, a folder (a file for gguf) that is not there yet; on any failure nothing is left there.
+
+    dtype: of the weights, as they are if None.  shard_bytes: most of one safetensors file (herd, hf).  num_shards: files (meta).
+    Raises `UsageError` when dst is taken, `CheckpointError` when the format cannot hold the model, `ResourceError` when the disk is full.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"no checkpoint format is called {to!r}", nearest(to, FORMATS) or f"there are: {', '.join(FORMATS)}")
+    if dtype is not None:
+        source = source.to(dtype)
+    with staged(dst, source.num_bytes, is_folder=to != "gguf") as partial, progress(f"writing {dst.name}", source.num_bytes) as bar:
+        if to == "herd":
+            save.write(source, partial, bar.advance, shard_bytes=shard_bytes)
+        elif to == "hf":
+            hf.write(source, partial, bar.advance, shard_bytes=shard_bytes)
+        elif to == "meta":
+            meta.write(source, partial, bar.advance, num_shards=num_shards)
+        else:
+            gguf.write(source, partial, bar.advance)

@@ -1,0 +1,23 @@
+"""Convert a checkpoint of any kind that herd reads; memory stays small whatever the size."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from herd.checkpoint.convert import convert
+from herd.checkpoint.store import resolve
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """SRC is a path or a model name; DST must not exist yet."""
+
+    src: str  # a folder (herd, Hugging Face, Meta), a .gguf file, or a name
+    dst: Path  # folder to make, or file for gguf
+    to: Literal["herd", "hf", "meta", "gguf"]  # the kind to write
+
+
+def run(options: Options) -> int:
+    convert(resolve(options.src), options.dst, options.to)
+    print(options.dst)
+    return 0

@@ -1,0 +1,33 @@
+"""Continue a text: `herd generate "Once upon a time"`, `herd generate MODEL "..."`, or `... -` to read the text from stdin."""
+
+import sys
+from dataclasses import dataclass, field
+
+from tyro.conf import Positional
+
+from herd.chat import Sampling
+from herd.engine.config import EngineConfig
+from herd.engine.local import load
+from herd.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """The text alone goes to stdout."""
+
+    words: Positional[tuple[str, ...]]  # [MODEL] PROMPT, where PROMPT may be - for stdin
+    sampling: Sampling = field(default_factory=Sampling)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def run(options: Options) -> int:
+    if len(options.words) not in (1, 2):
+        raise UsageError(f"generate takes [MODEL] PROMPT, and got {len(options.words)} words", "put the prompt in quotes")
+    name, prompt = options.words if len(options.words) == 2 else ("cria", options.words[0])
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    model = load(name, config=options.engine)
+    for piece in model.generate(prompt, sampling=options.sampling):
+        print(piece, end="", flush=True)
+    print()
+    return 0

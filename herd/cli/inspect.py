@@ -1,0 +1,79 @@
+"""What a model is made of, what it needs, and whether that fits here. Reads configs only: no weights, no download."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from herd.checkpoint.load import open_source
+from herd.checkpoint.store import resolve
+from herd.model.config import ModelConfig
+from herd.model.presets import PRESETS
+from herd.model.size import WEIGHT_KINDS, kv_bytes, parameters, weight_bytes
+
+CONTEXTS = {"8K": 8192, "128K": 131_072, "1M": 1_048_576, "10M": 10_485_760}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Memory is for one sequence; KV is the keys and values of its tokens."""
+
+    model: Positional[str] = "cria"  # a path to a checkpoint or a name
+
+
+def run(options: Options) -> int:
+    config = PRESETS[options.model] if options.model in PRESETS else open_source(resolve(options.model)).config
+    print("\n".join(report(options.model, config, *memory())))
+    return 0
+
+
+def report(name: str, config: ModelConfig, available: int, where: str) -> list[str]:
+    """The lines that `herd inspect` prints. available: bytes of memory, where: what to call it."""
+    size = parameters(config)
+    gib = 2**30
+    lines = [f"{name}: {describe(config)}", ""]
+    lines += [
+        f"parameters  text {size.text:,}   vision {size.vision:,}   total {size.total:,}",
+        f"            active per token {size.active:,} of the text model",
+        "",
+        f"memory in GiB   {'':10}" + "".join(f"{kind:>22}" for kind in WEIGHT_KINDS),
+        f"weights         {'':10}" + "".join(f"{weight_bytes(size, kind) / gib:22,.1f}" for kind in WEIGHT_KINDS),
+    ]
+    for label, tokens in CONTEXTS.items():
+        cells = []
+        for kind in WEIGHT_KINDS:
+            kv = kv_bytes(config, tokens, kind)
+            total = weight_bytes(size, kind) + kv
+            cells.append(f"{kv / gib:9,.2f}, {'fits' if total <= available else 'no fit':>6}".rjust(22))
+        past = "" if tokens <= config.context_tokens else f"   past its context of {config.context_tokens:,}"
+        lines.append(f"KV at {label:<5}     {tokens:>10,}" + "".join(cells) + past)
+    lines += ["", f"fits: weights and KV together within {available / gib:.1f} GiB of {where}"]
+    return lines
+
+
+def describe(config: ModelConfig) -> str:
+    """One line on the architecture."""
+    local = f"{len(config.local_layers)} local (chunk {config.chunk_tokens:,})" if config.chunk_tokens else "all with RoPE and full attention"
+    layers = f"{config.num_layers} layers: {local}"
+    if config.chunk_tokens:
+        layers += f", {len(config.global_layers)} global"
+    moe = [layer for layer in range(config.num_layers) if config.is_moe(layer)]
+    ffn = f"{config.num_experts} experts in {len(moe)} layers, {config.experts_per_token} per token and a shared one" if moe else "dense"
+    heads = f"{config.num_heads} heads, {config.num_kv_heads} for keys and values, {config.head_width} wide"
+    sees = "text and images" if config.vision else "text only"
+    return f"{layers}; {ffn}; width {config.width:,}; {heads}; vocabulary {config.vocab_size:,}; {sees}"
+
+
+def memory() -> tuple[int, str]:
+    """Bytes that a model could take here, and where: the GPUs if there are any, else what the system says is available."""
+    import torch
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return sum(torch.cuda.mem_get_info(i)[0] for i in range(count)), f"free memory on {count} GPU{'s' if count > 1 else ''}"
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # Linux: free, or held by caches that give way
+        kib = next(line.split()[1] for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(kib) * 1024, "available memory"
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "memory"

@@ -1,0 +1,31 @@
+"""The choices of an engine, with defaults that work on a laptop."""
+
+from dataclasses import dataclass
+
+from herd.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How much an engine may hold and do at once."""
+
+    context_tokens: int | None = None  # longest sequence, prompt and reply together; None: the model's, or what kv_gib holds
+    kv_gib: float = 2.0  # GiB for keys and values of all sequences
+    max_sequences: int = 16  # sequences that are computed at once; more wait
+    step_tokens: int = 512  # tokens of one step: every decoding sequence takes one, prefill gets the rest
+    page_tokens: int = 16  # tokens per page; must divide the model's chunk
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "step_tokens", "page_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1", param=name)
+        if self.context_tokens is not None and self.context_tokens < 2:
+            raise UsageError(f"context_tokens is {self.context_tokens}; it must be at least 2", param="context_tokens")
+        if self.kv_gib <= 0:
+            raise UsageError(f"kv_gib is {self.kv_gib}; it must be above 0", param="kv_gib")
+        if self.step_tokens < self.max_sequences:
+            raise UsageError(
+                f"step_tokens is {self.step_tokens}, fewer than max_sequences {self.max_sequences}",
+                "every decoding sequence takes one token of a step: raise step_tokens",
+                param="step_tokens",
+            )

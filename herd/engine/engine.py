@@ -1,0 +1,79 @@
+"""The engine: requests in, events out, one step at a time. Synchronous, and owned by one thread."""
+
+import torch
+
+from herd.chat import ChatEvent, Sampling
+from herd.engine.config import EngineConfig
+from herd.engine.inputs import build_inputs
+from herd.engine.pages import Pages
+from herd.engine.runner import Runner
+from herd.engine.sampler import Sampler
+from herd.engine.scheduler import Scheduler
+from herd.engine.sequence import Emit, Sequence
+from herd.errors import ContextError, PromptError
+from herd.model.llama4 import Llama4
+from herd.text.prompt import Prompt
+from herd.text.stream import Detokenizer
+from herd.text.tokenizer import Tokenizer
+
+
+class Engine:
+    """Continuous batching over one model."""
+
+    def __init__(self, model: Llama4, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        weight = model.embed.weight
+        self.model, self.tokenizer, self.config = model.config, tokenizer, config
+        self.pages = Pages(self.model, config, dtype=weight.dtype, device=weight.device)
+        self.scheduler = Scheduler(self.model, config, self.pages)
+        self.runner = Runner(model)
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence, prompt and reply together."""
+        return self.pages.capacity.context_tokens
+
+    def sequence(self, prompt: Prompt, sampling: Sampling, emit: Emit) -> Sequence:
+        """Make a sequence that is sure to fit. Raises `ContextError` or `PromptError` with the numbers. Safe from any thread."""
+        length, room = len(prompt.tokens), self.context_tokens
+        if not length:
+            raise PromptError("the prompt is empty", "give at least one token")
+        largest, smallest = max(prompt.tokens), min(prompt.tokens)
+        if largest >= self.model.vocab_size or smallest < 0:
+            wrong = largest if largest >= self.model.vocab_size else smallest
+            raise PromptError(f"token {wrong} is not in the vocabulary of {self.model.vocab_size:,}")
+        if length >= room:
+            raise ContextError(
+                f"prompt has {length:,} tokens; this engine holds {room:,}, reply included",
+                "shorten it, or raise --context-tokens where the model allows",
+                param="messages",
+            )
+        wanted = sampling.max_tokens
+        if wanted is not None and length + wanted > room:
+            raise ContextError(
+                f"prompt has {length:,} tokens and max_tokens is {wanted:,}; this engine holds {room:,} in all",
+                f"lower max_tokens to {room - length:,} or less",
+                param="max_tokens",
+            )
+        patches = [i for i, token in enumerate(prompt.tokens) if token == self.model.patch_id]
+        tokens_per_tile = self.model.vision.tokens_per_tile if self.model.vision else 0
+        num_features = sum(len(tiles.pixels) for tiles in prompt.images) * tokens_per_tile
+        if len(patches) != num_features:
+            raise PromptError(f"the prompt has {len(patches)} patch tokens and its images give {num_features} features")
+        return Sequence(
+            prompt=prompt,
+            sampler=Sampler(sampling),
+            detokenizer=Detokenizer(self.tokenizer, sampling.stop),
+            stop_ids=frozenset() if sampling.ignore_eos else frozenset(self.model.stop_ids),
+            max_reply=wanted or room - length,
+            patches=patches,
+            emit=emit,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Sequence, ChatEvent]]:
+        """Compute one batch; the events that it gave, for whom."""
+        plan = self.scheduler.next()
+        self.runner.see(plan)
+        logits = self.runner(build_inputs(plan, self.pages, self.model))
+        tokens = [sequence.sampler(row) for sequence, row in zip(plan.due, logits, strict=True)]
+        return self.scheduler.accept(plan, tokens)

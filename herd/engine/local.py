@@ -1,0 +1,304 @@
+"""The one bridge from the outside to engines: a thread that owns each engine, the async `Backend` of the server, and `herd.load`."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Iterator
+from collections.abc import Sequence as ListLike
+from contextlib import suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from herd.chat import ChatEvent, ChatRequest, Done, Image, Message, Role, Sampling, Text
+from herd.checkpoint.load import load_model
+from herd.engine.config import EngineConfig
+from herd.engine.engine import Engine
+from herd.engine.sequence import Sequence
+from herd.errors import HerdError, ModelNotFound, PromptError, UsageError, nearest
+from herd.log import log
+from herd.model.config import ModelConfig
+from herd.model.llama4 import Llama4
+from herd.ops.attend import Packed
+from herd.text.images import Tiles, Tiling, open_image, read_image, tile
+from herd.text.prompt import Prompt, render
+from herd.text.tokenizer import Tokenizer, tokenizer_of
+
+
+class EngineThread:
+    """The thread that owns an engine. Others hand it sequences and take them away; events come back through each one's `emit`."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine = engine
+        self.failure: HerdError | None = None
+        self._inbox: queue.SimpleQueue[tuple[bool, Sequence]] = queue.SimpleQueue()  # (is new, sequence)
+        self._live: set[Sequence] = set()
+        threading.Thread(target=self._run, name=f"herd-{name}", daemon=True).start()
+
+    def submit(self, sequence: Sequence) -> None:
+        """Start computing; raises the engine's failure if it has died."""
+        if self.failure:
+            raise self.failure
+        self._inbox.put((True, sequence))
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Stop computing and free all that it held. No harm if it has ended."""
+        self._inbox.put((False, sequence))
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._read_inbox()
+                for sequence, event in self.engine.step():
+                    if isinstance(event, Done):
+                        self._live.discard(sequence)
+                    sequence.emit(event)
+        except Exception as error:  # whatever it was, every reader must hear of it, and the server must stop saying that all is well
+            log.exception("the engine has stopped")
+            self.failure = HerdError(f"the engine has stopped: {type(error).__name__}: {error}", "restart herd; its log has the details")
+            for sequence in self._live:
+                sequence.emit(self.failure)
+            while True:  # what was handed over before `submit` could know
+                is_new, sequence = self._inbox.get()
+                if is_new:
+                    sequence.emit(self.failure)
+
+    def _read_inbox(self) -> None:
+        """Take in what has been handed over; wait for something when there is nothing to compute."""
+        scheduler = self.engine.scheduler
+        while scheduler.is_idle or not self._inbox.empty():
+            is_new, sequence = self._inbox.get()
+            if is_new:
+                scheduler.add(sequence)
+                self._live.add(sequence)
+            elif sequence in self._live:
+                scheduler.remove(sequence)
+                self._live.discard(sequence)
+
+
+class Reply(Iterator[str]):
+    """A reply as it comes: iterate for pieces of text, or ask for `text`, which waits for the rest. Closing it frees what it held."""
+
+    def __init__(self, thread: EngineThread, prompt: Prompt, sampling: Sampling) -> None:
+        self.done: Done | None = None  # why it ended and what it cost, once it has
+        self._closed = False
+        self._pieces: list[str] = []
+        self._events: queue.SimpleQueue[ChatEvent | HerdError] = queue.SimpleQueue()
+        self._thread = thread
+        self._sequence = thread.engine.sequence(prompt, sampling, self._events.put)
+        thread.submit(self._sequence)
+
+    def __next__(self) -> str:
+        if self.done or self._closed:
+            raise StopIteration
+        event = self._events.get()
+        if isinstance(event, HerdError):
+            self._closed = True
+            raise event
+        if isinstance(event, Done):
+            self.done = event
+            raise StopIteration
+        self._pieces.append(event.text)
+        return event.text
+
+    @property
+    def text(self) -> str:
+        """The whole reply."""
+        for _ in self:
+            pass
+        return "".join(self._pieces)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids of the whole reply, its stop token included."""
+        for _ in self:
+            pass
+        return self.done.tokens if self.done else ()
+
+    def close(self) -> None:
+        """Stop computing; pieces that have not been read are lost."""
+        if not self.done and not self._closed:
+            self._closed = True
+            self._thread.cancel(self._sequence)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_sequence"):
+            self.close()
+
+
+class Model:
+    """A loaded model, for Python. Made by `herd.load`."""
+
+    def __init__(self, name: str, model: Llama4, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        self.name, self.llama4, self.tokenizer = name, model, tokenizer
+        self.thread = EngineThread(Engine(model, tokenizer, config), name)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.llama4.config
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How this model wants its images cut; None if it sees none."""
+        vision = self.config.vision
+        if vision is None:
+            return None
+        return Tiling(tile_pixels=vision.tile_pixels, tokens_per_tile=vision.tokens_per_tile, max_tiles=vision.max_tiles)
+
+    @torch.inference_mode()
+    def logits(self, tokens: ListLike[int] | Tensor, images: ListLike[Any] | None = None) -> Tensor:
+        """Next-token logits of one sequence by the packed forward, no cache: [T] -> [T, V] float32.
+
+        images: what the `<|patch|>` tokens show, in order: `Tiles`, or a path, bytes, or data URI that is cut into tiles here.
+        Raises `PromptError` when their features and the patch tokens differ in number.
+        """
+        device = self.llama4.embed.weight.device
+        tokens = torch.as_tensor(tokens, dtype=torch.int64, device=device)
+        if tokens.dim() != 1 or not len(tokens):
+            raise PromptError(f"tokens have shape {list(tokens.shape)}; one sequence of at least one token is wanted")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise PromptError(f"tokens run from {int(tokens.min())} to {int(tokens.max())}; the vocabulary has {self.config.vocab_size:,}")
+        features = None
+        num_patches, num_features = int((tokens == self.config.patch_id).sum()), 0
+        if images:
+            features = torch.cat([self.llama4.see(torch.from_numpy(tiles.pixels).to(device)) for tiles in map(self._tiles, images)])
+            num_features = len(features)
+        if num_patches != num_features:
+            raise PromptError(f"there are {num_patches} patch tokens, and the images give {num_features} features")
+        positions = torch.arange(len(tokens), device=device)
+        out: Tensor = self.llama4(tokens, positions, Packed([len(tokens)], self.config.chunk_tokens), features)
+        return out
+
+    def generate(self, prompt: str | ListLike[int], sampling: Sampling | None = None, **fields: Any) -> Reply:
+        """Continue a text (a begin-of-text token is put before it where the model has one) or a list of tokens, as they are.
+
+        fields: those of `herd.chat.Sampling`, in place of a whole one: `generate("...", temperature=0, max_tokens=32)`.
+        """
+        if isinstance(prompt, str):
+            start = [] if self.config.bos_id is None else [self.config.bos_id]
+            prompt = start + self.tokenizer.encode(prompt)
+        tokens = [int(token) for token in prompt]
+        return Reply(self.thread, Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=()), _sampling(sampling, fields))
+
+    def chat(self, messages: str | ListLike[Message | dict[str, Any]], sampling: Sampling | None = None, **fields: Any) -> Reply:
+        """Reply to a conversation: a string (one user message), `Message`s, or dicts as in OpenAI's API ({"role", "content"}).
+
+        fields: those of `herd.chat.Sampling`, in place of a whole one.
+        """
+        if isinstance(messages, str):
+            messages = [Message(role="user", content=(messages,))]
+        return Reply(self.thread, self.prompt([_message(m) for m in messages]), _sampling(sampling, fields))
+
+    def prompt(self, messages: ListLike[Message]) -> Prompt:
+        """Render a conversation for this model, the header of the reply at its end."""
+        return render(messages, self.tokenizer, chat_format=self.config.chat_format, tiling=self.tiling)
+
+    def _tiles(self, image: Any) -> Tiles:
+        if isinstance(image, Tiles):
+            return image
+        if self.tiling is None:
+            raise PromptError(f"the model {self.name!r} sees no images")
+        return tile(open_image(image if isinstance(image, Image) else read_image(image)), self.tiling)
+
+
+def _sampling(whole: Sampling | None, values: dict[str, Any]) -> Sampling:
+    known = [f.name for f in fields(Sampling)]
+    for name in values:
+        if name not in known:
+            raise UsageError(f"there is no sampling field {name!r}", nearest(name, known) or f"there are: {', '.join(known)}", param=name)
+    if "stop" in values:
+        stop = values["stop"]
+        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    return replace(whole or Sampling(), **values)
+
+
+def _message(message: Message | dict[str, Any]) -> Message:
+    """A message as the caller wrote it; dicts as in OpenAI's API, with text, image_url, and image parts (a path, bytes or data URI)."""
+    if isinstance(message, Message):
+        return message
+    if set(message) != {"role", "content"}:
+        raise PromptError(f"a message has the keys {sorted(message)}", 'it must be {"role": ..., "content": ...}')
+    content = message["content"]
+    parts: list[str | Image] = []
+    for part in [content] if isinstance(content, str) else content:
+        if isinstance(part, str | Image):
+            parts.append(part)
+        elif part.get("type") == "text":
+            parts.append(part["text"])
+        elif part.get("type") == "image_url":
+            parts.append(read_image(part["image_url"]["url"]))
+        elif part.get("type") == "image":
+            parts.append(read_image(part["image"]))
+        else:
+            raise PromptError(f"a part of a message has the type {part.get('type')!r}", "there are: text, image_url, image")
+    return Message(role=cast(Role, message["role"]), content=tuple(parts))
+
+
+class Local:
+    """The `Backend` of models that run in this process."""
+
+    def __init__(self, models: ListLike[Model]) -> None:
+        self._models = {model.name: model for model in models}
+
+    def models(self) -> list[str]:
+        return list(self._models)
+
+    def is_healthy(self) -> bool:
+        """Whether every engine still runs."""
+        return all(model.thread.failure is None for model in self._models.values())
+
+    async def chat(self, request: ChatRequest) -> AsyncIterator[ChatEvent]:
+        """Stream one reply; closing the iterator frees its sequence."""
+        model = self._models.get(request.model)
+        if model is None:
+            hint = nearest(request.model, self._models) or f"loaded: {', '.join(self._models)}"
+            raise ModelNotFound(f"no model is called {request.model!r} here", hint, param="model")
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[ChatEvent | HerdError] = asyncio.Queue()
+
+        def emit(event: ChatEvent | HerdError) -> None:
+            with suppress(RuntimeError):  # the loop has closed: nobody reads any more, and that must not stop the engine
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        prompt = await asyncio.to_thread(model.prompt, request.messages)  # images take a while to cut
+        sequence = model.thread.engine.sequence(prompt, request.sampling, emit)
+        model.thread.submit(sequence)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, HerdError):
+                    raise event
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            model.thread.cancel(sequence)
+
+
+def load(
+    name: str | Path = "cria",
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    config: EngineConfig | None = None,
+    **choices: Any,
+) -> Model:
+    """Load a model and start its engine.
+
+    name: a path to any checkpoint that herd reads (herd, Hugging Face, Meta, GGUF), or a short name: cria (fetched when missing), tiny.
+    dtype: of weights and compute; float32 on a CPU, where bfloat16 arithmetic is slow, else the checkpoint's own.
+    device: "cpu", "cuda", ...; a GPU where there is one.
+    choices: fields of `EngineConfig`, in place of a whole `config`.
+    Raises `ModelNotFound`, `CheckpointError` or `UsageError`.
+    """
+    known = [f.name for f in fields(EngineConfig)]
+    for choice in choices:
+        if choice not in known:
+            hint = nearest(choice, known) or f"there are: {', '.join(known)}"
+            raise UsageError(f"there is no engine choice {choice!r}", hint, param=choice)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, source = load_model(name, dtype=dtype, device=device)
+    return Model(Path(name).stem, model, tokenizer_of(source.files), replace(config or EngineConfig(), **choices))

@@ -1,0 +1,68 @@
+"""One reply in the making: its tokens, what of them is computed, its pages, and how it reads as text."""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from herd.chat import ChatEvent, Done, FinishReason, Text, Usage
+from herd.engine.sampler import Sampler
+from herd.errors import HerdError
+from herd.text.prompt import Prompt
+from herd.text.stream import Detokenizer
+
+Emit = Callable[[ChatEvent | HerdError], None]
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Sequence:
+    """A prompt and the reply to it, owned by the engine's thread once submitted."""
+
+    prompt: Prompt
+    sampler: Sampler
+    detokenizer: Detokenizer
+    stop_ids: frozenset[int]
+    max_reply: int  # tokens the reply may have
+    patches: list[int]  # positions of `<|patch|>` in the prompt, ascending
+    emit: Emit  # receives events; an error is the last one
+    tokens: list[int] = field(init=False)  # prompt and reply
+    num_computed: int = 0  # tokens whose keys and values are in pages
+    full_table: list[int] = field(default_factory=list)  # pages for global layers, from position 0
+    local_table: list[int] = field(default_factory=list)  # pages for local layers, from the start of the current chunk
+    features: Tensor | None = None  # [patches, D], made when the first of them is computed
+    finish: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt.tokens)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt.tokens)
+
+    @property
+    def num_waiting(self) -> int:
+        """Tokens not yet computed: 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+    def patches_between(self, start: int, stop: int) -> slice:
+        """Which rows of `features` belong to positions [start, stop)."""
+        return slice(bisect_left(self.patches, start), bisect_left(self.patches, stop))
+
+    def accept(self, token: int) -> list[ChatEvent]:
+        """Append the token that was drawn, and say what the reader gets to see of it."""
+        self.tokens.append(token)
+        if token in self.stop_ids:
+            text, self.finish = self.detokenizer.finish(), "stop"
+        else:
+            text = self.detokenizer.push(token)
+            if self.detokenizer.stopped:
+                self.finish = "stop"
+            elif len(self.tokens) - self.num_prompt == self.max_reply:
+                text, self.finish = text + self.detokenizer.finish(), "length"
+        events: list[ChatEvent] = [Text(text=text)] if text else []
+        if self.finish:
+            reply = tuple(self.tokens[self.num_prompt :])
+            usage = Usage(prompt_tokens=self.num_prompt, completion_tokens=len(reply))
+            events.append(Done(reason=self.finish, usage=usage, tokens=reply))
+        return events

@@ -1,0 +1,48 @@
+"""How large a model is: parameters to the last digit, and bytes of weights and of keys and values. Nothing is allocated."""
+
+from dataclasses import dataclass
+from math import prod
+
+from herd.model.config import ModelConfig
+from herd.model.llama4 import build
+
+WEIGHT_KINDS = ("bf16", "fp8", "int4")
+KV_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int4": 0.5625}  # int4: groups of 32 with a 16-bit scale
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Numbers of parameters of one model."""
+
+    text: int  # embedding, layers, head
+    vision: int  # encoder, adapter, projector
+    active: int  # of `text`, what one token passes through; embedding and head counted whole, as Meta counts
+    quantized: int  # of `text`, what fp8 and int4 files hold in fewer bits: all matrices of the layers but the router
+
+    @property
+    def total(self) -> int:
+        return self.text + self.vision
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Count the parameters of the model that `config` describes, from its real modules on the meta device."""
+    counts = {name: prod(p.shape) for name, p in build(config).named_parameters()}
+    vision = sum(n for name, n in counts.items() if name.startswith(("vision.", "projector.")))
+    experts = sum(n for name, n in counts.items() if ".experts." in name)
+    idle = experts * (config.num_experts - config.experts_per_token) // config.num_experts if experts else 0
+    matrices = sum(n for name, n in counts.items() if name.startswith("layers.") and "norm" not in name and "router" not in name)
+    text = sum(counts.values()) - vision
+    return Parameters(text=text, vision=vision, active=text - idle, quantized=matrices)
+
+
+def weight_bytes(size: Parameters, kind: str) -> int:
+    """Bytes of the weights stored as `kind`. fp8: a byte each. int4: 4 bits and a 16-bit scale per 32. The rest stays in bf16."""
+    bits = {"bf16": 16, "fp8": 8, "int4": 4.5}[kind]
+    return int(size.quantized * bits / 8) + (size.total - size.quantized) * 2
+
+
+def kv_bytes(config: ModelConfig, tokens: int, kind: str = "bf16") -> int:
+    """Bytes of keys and values of one sequence: global layers keep every token, local layers the current chunk."""
+    local = min(tokens, config.chunk_tokens) if config.chunk_tokens else tokens
+    kept = len(config.global_layers) * tokens + len(config.local_layers) * local  # layer-tokens
+    return int(kept * 2 * config.num_kv_heads * config.head_width * KV_BYTES[kind])

@@ -1,0 +1,129 @@
+"""The app, assembled from explicit inputs, and the server that runs it.
+
+`bind` comes first and takes the port before a model is loaded, so that a port in use costs a moment and not minutes:
+
+    listener = bind(config)
+    backend = ...
+    run(make_app(backend, config), listener, config, ready=print)
+"""
+
+import asyncio
+import errno
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+
+from herd.chat import Backend
+from herd.errors import HerdError, ResourceError, nearest
+from herd.serve.api import add_openai_routes
+from herd.serve.config import ServeConfig
+from herd.serve.connection import Door
+from herd.serve.errors import RequestError, error_reply, shown
+
+
+def make_app(backend: Backend, config: ServeConfig, *, is_healthy: Callable[[], bool] = lambda: True) -> FastAPI:
+    """OpenAI's API over a backend.
+
+    is_healthy: whether the backend still answers; when it says no, so does /health, and a supervisor may start the server anew.
+    """
+    app = FastAPI(title="herd", openapi_url=None, redirect_slashes=False)
+    app.add_middleware(Door)
+    app.add_exception_handler(HerdError, _herd_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    add_openai_routes(app, backend, config)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok"}) if is_healthy() else JSONResponse({"status": "failed"}, status_code=503)
+
+    return app
+
+
+async def _herd_error(request: Request, error: Exception) -> JSONResponse:
+    return error_reply(shown(error, request.state.request_id))
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    """No such path, or not with this method."""
+    assert isinstance(error, HTTPException)
+    path, headers = request.url.path[:200], Headers(error.headers)
+    if error.status_code == 405:
+        found = RequestError(405, f"{path} does not take {request.method}", f"it takes {headers.get('allow')}")
+    elif error.status_code == 404:
+        paths = [route.path for route in request.app.routes if isinstance(route, APIRoute)]
+        found = RequestError(404, f"there is no {path}", nearest(path, paths) or f"there are: {', '.join(paths)}")
+    else:
+        found = RequestError(error.status_code, error.detail)
+    reply = error_reply(found)
+    reply.headers.update(headers)
+    return reply
+
+
+def bind(config: ServeConfig) -> socket.socket:
+    """Take the port. Raises `ResourceError` when it cannot be had.
+
+    The socket listens already, since a port that is bound alone can be taken by another: who calls before `run` waits for it.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ResourceError(f"port {config.port} on {config.host} is in use", "give another with --port") from error
+        reason = error.strerror or str(error)
+        raise ResourceError(f"cannot listen on {config.host} port {config.port}: {reason}", "give another --host or --port") from error
+    # connections inherit it; asyncio sets it only on sockets made with an explicit protocol, and without it the kernel holds back a second
+    # small write until the first is acknowledged: 40 ms in every reply
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn, told how herd wants it."""
+
+    def __init__(self, app: FastAPI, config: ServeConfig, ready: Callable[[str], None]) -> None:
+        choices: dict[str, Any] = {
+            "ws": "none",
+            "server_header": False,
+            "access_log": False,
+            "log_config": None,
+            "log_level": "warning",
+            "timeout_keep_alive": 75,  # above what clients keep idle connections for, so that none is closed as it is used again
+            "timeout_graceful_shutdown": config.shutdown_s,
+        }
+        super().__init__(uvicorn.Config(app, **choices))
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets
+        host, port = sockets[0].getsockname()[:2]
+        self.ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.server_state.tasks:  # just cancelled: a moment to tell their clients
+            await asyncio.wait(self.server_state.tasks, timeout=1)
+
+
+def run(app: FastAPI, listener: socket.socket, config: ServeConfig, ready: Callable[[str], None]) -> None:
+    """Serve until Ctrl-C or SIGTERM, in the main thread. Replies under way get `config.shutdown_s` to end; a second Ctrl-C waits no longer.
+
+    ready: called with the server's address once it answers.
+    """
+    # uvicorn stops in good order on both signals and then raises them again, which for SIGTERM would end the process on the spot
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):
+            Server(app, config, ready).run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,23 @@
+"""How a server is run. Apart from the rest, so that a command line reads it without loading a web framework."""
+
+from dataclasses import dataclass
+
+from herd.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """The choices of one server."""
+
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in, and there is no password
+    port: int = 8000  # TCP port; 0 takes any free one
+    max_body_bytes: int = 64 << 20  # of one request; images travel inside it as base64
+    ping_s: float = 15.0  # seconds of silence after which a stream gets a comment, so that no proxy hangs up
+    shutdown_s: int = 10  # seconds that replies under way get to end when the server stops
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"port is {self.port}; it must lie between 0 and 65535", "give a --port in that range", param="port")
+        for name in ("max_body_bytes", "ping_s", "shutdown_s"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0", f"give a larger {name}", param=name)

@@ -1,0 +1,106 @@
+"""One request's connection: its id, its body, and its end.
+
+Whoever waits for a reply may go away, and what computes that reply must then stop: a sequence that nobody reads holds pages and steps
+that others need. Streamed or not, every reply is computed inside `while_connected`, which is the one place that knows.
+"""
+
+import asyncio
+import re
+import uuid
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from herd.errors import ResourceError
+from herd.log import log
+from herd.serve.errors import RequestError, error_reply, shown
+from herd.serve.schema import usage_error
+
+T = TypeVar("T")
+Form = TypeVar("Form", bound=BaseModel)
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+class Door:
+    """The outermost layer of the app: every reply carries an `x-request-id`, and every failure becomes a reply.
+
+    The client's own id is kept if it is short and plain, since it goes into the log. Routes find it at `request.state.request_id`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        sent = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex.encode()
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        started = False
+
+        async def signed(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, signed)
+        except ClientDisconnect:
+            log.info("request %s: the client went away", request_id.decode())
+        except Exception as error:
+            if started:  # too late for words: let the HTTP server break off the connection
+                raise
+            await error_reply(shown(error, request_id.decode()))(scope, receive, signed)
+
+
+async def read_body(request: Request, form: type[Form], max_bytes: int) -> Form:
+    """The body as `form`. Raises `RequestError` when it is too large or not sent as JSON, `UsageError` when it does not fit the form.
+
+    The limit holds for the bytes that arrive, whatever was announced. Only `application/json` is read: a browser lets any web page post
+    other types to a server on its user's own machine, but asks that server first for this one.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(415, f"content-type is {kind!r}; herd reads application/json", "send the header content-type: application/json")
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > max_bytes:
+            raise RequestError(413, f"the body is larger than {max_bytes:,} bytes, the limit", "send less, or raise --max-body-bytes")
+    try:
+        return form.model_validate_json(body)
+    except ValidationError as error:
+        raise usage_error(error) from None
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` in one task of its own; when the client goes away or the server stops, cancel it and wait until it has cleaned up.
+
+    Raises `ClientDisconnect`, or `ResourceError` when the server stops. The task is cancelled once, as plain asyncio does it; a scope of
+    anyio would go on to cancel every await of the clean-up too.
+    """
+    task, watch = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    except asyncio.CancelledError:
+        raise ResourceError("the server is stopping", "send the request again") from None
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.wait((task, watch))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,37 @@
+"""How a failure is told to a client: OpenAI's error object, and never a traceback."""
+
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from herd.errors import HerdError, UsageError
+from herd.log import log
+
+
+class RequestError(UsageError):
+    """A request that fails before its fields are looked at: no such path, not JSON, too large."""
+
+    def __init__(self, http_status: int, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.http_status = http_status
+
+
+def shown(error: Exception, request_id: str) -> HerdError:
+    """What a client is told of a failure. What is the server's fault is logged, with the traceback where nobody foresaw it."""
+    if not isinstance(error, HerdError):
+        log.error("request %s failed", request_id, exc_info=error)
+        return HerdError("the server failed on this request", f"its log has the reason under request id {request_id}")
+    if error.http_status >= 500:
+        log.error("request %s failed: %s", request_id, error.message)
+    return error
+
+
+def error_object(error: HerdError) -> dict[str, Any]:
+    """OpenAI's error object; its clients show `message`, so the hint goes there."""
+    message = f"{error.message}. Hint: {error.hint}" if error.hint else error.message
+    return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code}}
+
+
+def error_reply(error: HerdError) -> JSONResponse:
+    """The whole reply to a request that failed."""
+    return JSONResponse(error_object(error), status_code=error.http_status)

@@ -1,0 +1,118 @@
+"""Server-sent events: the chunks of a streamed reply and the response that writes them.
+
+A stream is `data: {...}` lines, each followed by an empty one, and `data: [DONE]`. The status line waits for the first of them, so that a
+prompt which is too long is a plain 400, but no longer than one ping: then the stream opens, and comments keep it open while a long prompt
+is read. A failure after that is `data: {"error": {...}}`, on which OpenAI's clients raise, and the end.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from herd.chat import ChatEvent, Text, Usage
+from herd.serve.connection import while_connected
+from herd.serve.errors import error_object, shown
+
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def data(item: dict[str, Any]) -> bytes:
+    """One event."""
+    return f"data: {json.dumps(item, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+def usage_object(usage: Usage) -> dict[str, int]:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+async def chunks(events: AsyncGenerator[ChatEvent, None], reply: dict[str, Any], *, with_usage: bool) -> AsyncGenerator[bytes, None]:
+    """A reply as chunks: the role, the text piece by piece, why it ended, then usage if asked for, and [DONE]. Closes `events`.
+
+    reply: what all chunks share (id, created, model).
+    """
+    shared = {**reply, "object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
+
+    def chunk(delta: dict[str, str], reason: str | None = None) -> bytes:
+        return data({**shared, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]})
+
+    async with aclosing(events):
+        is_first = True
+        async for event in events:
+            if is_first:
+                yield chunk({"role": "assistant", "content": ""})
+                is_first = False
+            if isinstance(event, Text):
+                yield chunk({"content": event.text})
+                continue
+            yield chunk({}, event.reason)
+            if with_usage:
+                yield data({**shared, "choices": [], "usage": usage_object(event.usage)})
+            yield DONE
+            return
+    raise AssertionError("the backend's stream ended without Done")
+
+
+class EventStream(StreamingResponse):
+    """Writes lines as they come, and a ping after `ping_s` seconds of silence, until they end, fail, or the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, lines: AsyncGenerator[bytes, None], ping_s: float) -> None:
+        # nginx would else collect a reply before passing it on
+        super().__init__(lines, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self.lines = lines
+        self.ping_s = ping_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
+        turn = asyncio.Lock()
+        started, last = False, clock()
+
+        async def write(line: bytes) -> None:
+            nonlocal started, last
+            async with turn:
+                last = clock()
+                if not started:
+                    started = True
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": line, "more_body": True})
+
+        async def ping() -> None:
+            while True:
+                silence_s = clock() - last
+                if silence_s >= self.ping_s:
+                    await write(PING)
+                else:
+                    await asyncio.sleep(self.ping_s - silence_s)
+
+        async def pump() -> None:
+            pinging = asyncio.create_task(ping())
+            try:
+                async with aclosing(self.lines):
+                    async for line in self.lines:
+                        await write(line)
+            finally:
+                pinging.cancel()
+
+        try:
+            await while_connected(receive, pump())
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            if not started:
+                raise
+            failure = error_object(shown(error, scope["state"]["request_id"]))
+            await send({"type": "http.response.body", "body": data(failure), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,262 @@
+"""GGUF, held against llama.cpp (or what it once computed) and against the `gguf` package."""
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from herd.checkpoint.convert import write
+from herd.checkpoint.gguf import _divisors
+from herd.checkpoint.load import load_model, open_source
+from herd.checkpoint.source import Source
+from herd.errors import CheckpointError
+from herd.model.config import ModelConfig, RopeScaling
+from herd.model.presets import CRIA
+from herd.ops.attend import Packed
+from herd.text.tokenizer import bpe_json, byte_tokenizer, load_tokenizer
+from tests.checkpoint.golden.make_llamacpp import PATH, run
+from tests.checkpoint.made import LLAMACPP, SCOUT, assert_same, entries, indexed, random_source
+
+MAVERICK = replace(LLAMACPP, num_experts=128, rope_scaling=None, qk_norm=False, hidden_width=8)
+
+
+def with_merges(source: Source) -> Source:
+    """A source whose tokenizer has two merges: "ab", and "abc" after it."""
+    plain = json.loads(byte_tokenizer().files()["tokenizer.json"])
+    tokens = list(plain["model"]["vocab"])[:256]
+    names = {t["content"]: t["id"] for t in plain["added_tokens"]}
+    after = [*tokens, *names, "ab", "abc"]
+    return replace(source, files={"tokenizer.json": bpe_json(after, ["a b", "ab c"], pre="gpt-2", specials=names)})
+
+
+# --- writing
+
+
+@pytest.mark.parametrize("config", [LLAMACPP, replace(MAVERICK, tied=True)], ids=["scout", "maverick, tied"])
+def test_there_and_back_is_the_same_bit_for_bit(config: ModelConfig, tmp_path: Path) -> None:
+    source = with_merges(indexed(config))
+    write(source, tmp_path / "model.gguf", "gguf")
+    back = open_source(tmp_path / "model.gguf")
+    assert back.config == config
+    assert_same(source, back)
+    ours, theirs = load_tokenizer_of(source, tmp_path), load_tokenizer_of(back, tmp_path)
+    assert ours.encode("abcab <|eot|>") == theirs.encode("abcab <|eot|>")
+    assert ours.specials == theirs.specials
+
+
+def load_tokenizer_of(source: Source, tmp_path: Path) -> Any:
+    for name, content in source.files.items():
+        (tmp_path / name).write_bytes(content)
+    return load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_floats_stay_and_norms_and_routers_are_full(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = random_source(LLAMACPP).to(dtype)
+    write(source, tmp_path / "model.gguf", "gguf")
+    back = open_source(tmp_path / "model.gguf")
+    for name, stored in back.tensors.items():
+        assert stored.dtype == (torch.float32 if "norm" in name or "router" in name else dtype)
+        assert torch.equal(stored.read(), source.tensors[name].read().to(stored.dtype))
+
+
+def test_the_file_is_as_the_gguf_package_reads_it(tmp_path: Path) -> None:
+    write(with_merges(random_source(LLAMACPP)), tmp_path / "model.gguf", "gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+    assert shapes["blk.1.ffn_gate_exps.weight"] == (3, 96, 64)
+    assert shapes["blk.1.ffn_down_exps.weight"] == (3, 64, 96)
+    assert shapes["blk.1.ffn_gate_inp.weight"] == (3, 64)
+    assert shapes["blk.0.ffn_down.weight"] == (64, 128)
+    assert shapes["rope_freqs.weight"] == (8,)
+    assert reader.fields["llama4.interleave_moe_layer_step"].contents() == 2
+    assert reader.fields["tokenizer.ggml.merges"].contents() == ["a b", "ab c"]
+    assert reader.fields["tokenizer.ggml.tokens"].contents()[256] == "<|begin_of_text|>"
+    assert (reader.fields["tokenizer.ggml.token_type"].contents()[256:258], len(shapes)) == ([3, 3], 4 * 6 + 2 * 7 + 2 * 3 + 3 + 1)
+
+
+def test_vision_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="herd"):
+        write(indexed(replace(LLAMACPP, vision=SCOUT.vision)), tmp_path / "model.gguf", "gguf")
+    assert "a GGUF model file holds text only: 42 vision tensors (vision.cls, ...) are left out" in caplog.text
+    assert open_source(tmp_path / "model.gguf").config.vision is None
+
+
+def test_what_llama_cpp_cannot_compute_is_listed(tmp_path: Path) -> None:
+    strange = replace(LLAMACPP, chunk_tokens=16, temperature_floor=8, qk_norm=False, global_step=2)
+    with pytest.raises(CheckpointError) as caught:
+        write(indexed(strange), tmp_path / "model.gguf", "gguf")
+    assert caught.value.message == (
+        "llama.cpp's llama4 cannot express this model: global_step is 2 (there 4); chunk_tokens is 16 (there 8192); "
+        "qk_norm is False (there True); temperature_floor is 8 (there 8192)"
+    )
+    with pytest.raises(CheckpointError, match="expert_count = 0, which herd does not compute"):
+        write(indexed(replace(LLAMACPP, num_experts=0)), tmp_path / "model.gguf", "gguf")
+    with pytest.raises(CheckpointError, match="rope_freqs.weight is no Llama 3 scaling"):
+        write(indexed(replace(LLAMACPP, rope_scaling=RopeScaling(original_tokens=64))), tmp_path / "model.gguf", "gguf")
+    assert entries(tmp_path) == []
+
+
+# --- llama.cpp
+
+
+def test_llama_cpp_runs_our_file(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; the golden test below stands in")
+    golden = json.loads(PATH.read_text())
+    write(random_source(LLAMACPP), tmp_path / "model.gguf", "gguf")
+    for step, expected in zip(run(tmp_path / "model.gguf", golden["prompt"]), golden["steps"], strict=True):
+        assert step["ids"] == expected["ids"]
+        np.testing.assert_allclose(step["logits"], expected["logits"], atol=1e-3)
+
+
+def test_llama_cpp_reads_our_tokenizer(tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    source = with_merges(random_source(LLAMACPP))
+    write(source, tmp_path / "model.gguf", "gguf")
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), vocab_only=True, verbose=False)
+    text = "abc abcab, grüß dich ab"
+    assert llama.tokenize(text.encode(), add_bos=False, special=False) == load_tokenizer_of(source, tmp_path).encode(text)
+    assert llama.tokenize(b"<|eot|>", add_bos=False, special=True) == [260]
+    llama.close()
+
+
+def test_our_forward_is_what_llama_cpp_computed(tmp_path: Path) -> None:
+    golden = json.loads(PATH.read_text())
+    write(random_source(LLAMACPP), tmp_path / "model.gguf", "gguf")
+    model, source = load_model(tmp_path / "model.gguf")
+    tokens = golden["prompt"]
+    for step in golden["steps"]:
+        with torch.no_grad():
+            logits = model(torch.tensor(tokens), torch.arange(len(tokens)), Packed([len(tokens)], source.config.chunk_tokens))[-1]
+        top = logits.topk(len(step["ids"]))
+        assert top.indices.tolist() == step["ids"]
+        torch.testing.assert_close(top.values, torch.tensor(step["logits"]), atol=1e-3, rtol=0)
+        tokens = [*tokens, step["ids"][0]]
+
+
+# --- reading what others write
+
+DONOR = replace(CRIA, width=64, num_layers=2, num_heads=2, num_kv_heads=1, head_width=32, vocab_size=96, hidden_width=128, dense_width=128)
+
+
+def llama_file(path: Path, kind: gguf.GGMLQuantizationType, **changes: Any) -> dict[str, torch.Tensor]:
+    """Write a dense `llama` file as llama.cpp's converter does, in the type `kind`; what it should be read as, by herd's names."""
+    c = DONOR
+    facts: dict[str, Any] = {
+        "llama.block_count": c.num_layers,
+        "llama.context_length": c.context_tokens,
+        "llama.embedding_length": c.width,
+        "llama.feed_forward_length": c.dense_width,
+        "llama.attention.head_count": c.num_heads,
+        "llama.attention.head_count_kv": c.num_kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": c.norm_eps,
+        "llama.rope.freq_base": c.rope_theta,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(33 + i) for i in range(93))],
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * 93,
+        "tokenizer.ggml.merges": ["! !"],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.chat_template": "<|im_start|>",
+        **changes,
+    }
+    writer = gguf.GGUFWriter(path, facts.pop("general.architecture", "llama"))
+    for key, value in facts.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif value is not ...:
+            writer.add_string(key, value)
+    read_as = {}
+    names = {"ffn_norm": "ffn_norm", "attn_norm": "attention_norm", "attn_output": "attention.o"}
+    names |= {f"attn_{x}": f"attention.{x}" for x in "qkv"} | {f"ffn_{x}": f"ffn.{x}" for x in ("gate", "up", "down")}
+    for herd, stored in random_source(DONOR).tensors.items():
+        value = stored.read().numpy()
+        if herd.startswith("layers."):
+            _, layer, rest = herd.removesuffix(".weight").split(".", 2)
+            name = f"blk.{layer}.{next(k for k, v in names.items() if v == rest)}.weight"
+        else:
+            name = {"embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}[herd]
+        if value.ndim > 1:
+            codes = gguf.quants.quantize(value, kind)
+            writer.add_tensor(name, codes, raw_dtype=kind)
+            read_as[herd] = torch.from_numpy(gguf.quants.dequantize(codes, kind))
+        else:
+            writer.add_tensor(name, value)
+            read_as[herd] = torch.from_numpy(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return read_as
+
+
+Kind = gguf.GGMLQuantizationType
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_1, Kind.F16, Kind.BF16], ids=lambda kind: kind.name)
+def test_a_dense_llama_is_read_exactly_whatever_its_type(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
+    expected = llama_file(tmp_path / "model.gguf", kind)
+    source = open_source(tmp_path / "model.gguf")
+    assert source.config == DONOR
+    assert source.files.keys() == {"tokenizer.json", "chat_template.jinja"}
+    for name, stored in source.tensors.items():
+        assert torch.equal(stored.read().float(), expected[name]), name
+        assert torch.equal(stored.rows(3, 17).float(), expected[name][3:17]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"general.architecture": "qwen2"}, "holds a qwen2 model\nhint: herd reads the architectures llama4 and \\(dense\\) llama"),
+        ({"llama.expert_count": 8}, "expert_count = 8, which herd does not compute"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type = yarn, which herd does not compute"),
+        ({"tokenizer.chat_template": "[INST]"}, "a llama model whose chat template is not ChatML"),
+        ({"llama.context_length": ...}, "does not say llama.context_length"),
+        ({"tokenizer.ggml.model": "llama"}, "the tokenizer is llama, not byte-level BPE"),
+    ],
+)
+def test_other_models_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    llama_file(tmp_path / "model.gguf", Kind.F16, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(tmp_path / "model.gguf")
+
+
+def test_a_cut_file_is_named(tmp_path: Path) -> None:
+    llama_file(tmp_path / "model.gguf", Kind.F16)
+    os.truncate(tmp_path / "model.gguf", (tmp_path / "model.gguf").stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="is cut short or broken"):
+        open_source(tmp_path / "model.gguf")
+
+
+def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
+    llama_file(tmp_path / "model-00001-of-00002.gguf", Kind.F16)
+    with pytest.raises(CheckpointError, match="lacks 1 of 2 parts of the model: model-00002-of-00002.gguf"):
+        open_source(tmp_path)
+
+
+def test_rope_divisors_are_those_of_llama_cpps_converter() -> None:
+    """Source: llama.cpp, conversion/llama.py, generate_extra_tensors; for Scout: 35 pairs as they are, 29 by 16."""
+    assert _divisors(128, 500000.0, RopeScaling()).tolist() == [1.0] * 35 + [16.0] * 29
+
+
+@pytest.mark.weights
+def test_the_donor_is_the_preset(donor_gguf: Path) -> None:
+    source = open_source(donor_gguf)
+    assert source.config == CRIA
+    assert (len(source.tensors), source.num_bytes) == (272, 538_060_032)

@@ -1,0 +1,220 @@
+"""The engine against the packed forward: whatever is scheduled, every reply is the greedy reply, and nothing leaks."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from herd.chat import ChatEvent, Done, Sampling, Text
+from herd.engine.config import EngineConfig
+from herd.engine.engine import Engine
+from herd.engine.local import Model
+from herd.engine.sequence import Sequence
+from herd.errors import ContextError, HerdError, PromptError, UsageError
+from herd.text.images import Tiles, image_tokens
+from herd.text.prompt import Prompt
+
+from .greedy import greedy_reply, packed_logits
+
+GREEDY = Sampling(temperature=0, top_p=1.0, max_tokens=24)
+
+
+def plain_prompt(tokens: list[int]) -> Prompt:
+    return Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=())
+
+
+def random_prompt(rng: random.Random, length: int) -> Prompt:
+    return plain_prompt([rng.randrange(256) for _ in range(length)])
+
+
+def image_prompt(tiny: Model, rng: random.Random) -> Prompt:
+    """Text, a 1 x 2 image with its global tile, text."""
+    assert tiny.tiling
+    pixels = np.random.default_rng(rng.randrange(1000)).integers(0, 256, (3, 56, 56, 3), dtype=np.uint8)
+    tiles = Tiles(rows=1, cols=2, pixels=pixels)
+    middle = image_tokens(tiles, tiny.tiling, tiny.tokenizer.specials)
+    tokens = [*random_prompt(rng, 9).tokens, *middle, *random_prompt(rng, 7).tokens]
+    return Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=(tiles,))
+
+
+def make_engine(tiny: Model, **choices: int | float) -> Engine:
+    return Engine(tiny.llama4, tiny.tokenizer, EngineConfig(**{"page_tokens": 4, "kv_gib": 0.01, **choices}))
+
+
+def is_clean(engine: Engine) -> bool:
+    pages = engine.pages
+    return all(len(pool.free) == pool.num_pages and len(set(pool.free)) == pool.num_pages for pool in (pages.full, pages.local))
+
+
+def shrink(engine: Engine, full: int, local: int) -> None:
+    """Leave so few pages, in random order, that sequences must give way."""
+    for pool, count in ((engine.pages.full, full), (engine.pages.local, local)):
+        pages = list(pool.free)
+        random.Random(0).shuffle(pages)
+        pool.free.clear()
+        pool.free.extend(pages[:count])
+        pool.num_pages = len(pool.free)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_step_gives_the_logits_of_the_packed_forward(tiny: Model, seed: int) -> None:
+    """Shuffled pages, prefill cut at random points, ragged decode, images: equal to 1e-5, across chunk borders of 16."""
+    rng = random.Random(seed)
+    engine = make_engine(tiny, max_sequences=3)
+    for pool in (engine.pages.full, engine.pages.local):
+        pages = list(pool.free)
+        rng.shuffle(pages)
+        pool.free = type(pool.free)(pages)
+    prompts = [random_prompt(rng, rng.randint(1, 90)) for _ in range(3)] + [image_prompt(tiny, rng)]
+    sequences = [engine.sequence(p, GREEDY, lambda event: None) for p in prompts]
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+
+    seen: list[tuple[Sequence, int, torch.Tensor]] = []
+    runner = engine.runner
+
+    class Spy:
+        def see(self, plan):  # type: ignore[no-untyped-def]
+            self.plan = plan
+            runner.see(plan)
+
+        def __call__(self, inputs):  # type: ignore[no-untyped-def]
+            logits = runner(inputs)
+            seen.extend((s, len(s.tokens), row.clone()) for s, row in zip(self.plan.due, logits, strict=True))
+            return logits
+
+    engine.runner = Spy()  # type: ignore[assignment]
+    while not engine.scheduler.is_idle:
+        object.__setattr__(engine.config, "step_tokens", rng.randint(1, 40))  # a new cut every step
+        engine.step()
+    assert is_clean(engine)
+    assert len(seen) >= 4 * 3
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        features = None
+        if prompt.images:
+            features = torch.cat([tiny.llama4.see(torch.from_numpy(tiles.pixels)) for tiles in prompt.images])
+        whole = packed_logits(tiny.llama4, sequence.tokens, features)
+        for _, length, row in (x for x in seen if x[0] is sequence):
+            assert (row - whole[length - 1]).abs().max() < 1e-5
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**9))
+def test_random_schedules_answer_rightly_and_leak_nothing(tiny: Model, seed: int) -> None:
+    """Arrivals, aborts, starvation of both kinds of pages: replies are the greedy ones, and all pages come home."""
+    rng = random.Random(seed)
+    engine = make_engine(tiny, max_sequences=rng.randint(1, 4), step_tokens=rng.randint(4, 64), context_tokens=80)
+    shrink(engine, full=rng.randint(20, 30), local=rng.randint(4, 8))
+    tokens: dict[Sequence, list[int]] = {}
+    coming = [random_prompt(rng, rng.choice([1, 3, 15, 16, 17, 31, 33, 50])) for _ in range(rng.randint(1, 6))]
+    live: list[Sequence] = []
+    aborted: set[Sequence] = set()
+    for _ in range(2000):
+        if coming and rng.random() < 0.3:
+            sequence = engine.sequence(coming.pop(), GREEDY, lambda event: None)
+            engine.scheduler.add(sequence)
+            live.append(sequence)
+        if live and rng.random() < 0.02:
+            victim = rng.choice(live)
+            engine.scheduler.remove(victim)
+            aborted.add(victim)
+        if engine.scheduler.is_idle:
+            if not coming:
+                break
+            continue
+        for sequence, event in engine.step():
+            if isinstance(event, Done):
+                tokens[sequence] = list(event.tokens)
+    assert engine.scheduler.is_idle and not coming
+    assert is_clean(engine)
+    for sequence in live:
+        if sequence not in aborted:
+            assert tokens[sequence] == greedy_reply(tiny, sequence.prompt, 24)
+
+
+def collect(engine: Engine, prompt: Prompt, sampling: Sampling) -> list[ChatEvent]:
+    sequence = engine.sequence(prompt, sampling, lambda event: None)
+    engine.scheduler.add(sequence)
+    events = []
+    while not engine.scheduler.is_idle:
+        events += [event for _, event in engine.step()]
+    return events
+
+
+def test_the_last_event_is_done_and_usage_adds_up(tiny: Model) -> None:
+    events = collect(make_engine(tiny), plain_prompt([1, 2, 3]), Sampling(temperature=0, max_tokens=5, ignore_eos=True))
+    done = events[-1]
+    assert isinstance(done, Done) and all(isinstance(event, Text) for event in events[:-1])
+    assert (done.reason, done.usage.prompt_tokens, done.usage.completion_tokens, len(done.tokens)) == ("length", 3, 5, 5)
+
+
+def test_a_seeded_reply_does_not_depend_on_its_neighbours(tiny: Model) -> None:
+    sampling = Sampling(temperature=1.0, seed=11, max_tokens=20, ignore_eos=True)
+    alone = collect(make_engine(tiny), plain_prompt([5, 6, 7]), sampling)[-1]
+    engine = make_engine(tiny)
+    rng = random.Random(4)
+    for _ in range(5):
+        engine.scheduler.add(engine.sequence(random_prompt(rng, 30), Sampling(temperature=1.5, max_tokens=30), lambda event: None))
+    sequence = engine.sequence(plain_prompt([5, 6, 7]), sampling, lambda event: None)
+    engine.scheduler.add(sequence)
+    events = []
+    while not engine.scheduler.is_idle:
+        events += [event for owner, event in engine.step() if owner is sequence]
+    assert isinstance(alone, Done) and isinstance(events[-1], Done)
+    assert alone.tokens == events[-1].tokens
+
+
+def test_stop_string_ends_the_reply_before_itself(tiny: Model) -> None:
+    free = collect(make_engine(tiny), plain_prompt([9, 8, 7]), Sampling(temperature=0, max_tokens=24, ignore_eos=True))
+    text = "".join(event.text for event in free if isinstance(event, Text))
+    stop = text[2:4]
+    events = collect(make_engine(tiny), plain_prompt([9, 8, 7]), Sampling(temperature=0, max_tokens=24, ignore_eos=True, stop=(stop,)))
+    assert "".join(event.text for event in events if isinstance(event, Text)) == text[: text.index(stop)]
+    assert isinstance(events[-1], Done) and events[-1].reason == "stop"
+
+
+def test_local_pages_are_those_of_one_chunk(tiny: Model) -> None:
+    """A sequence over five chunks holds pages for at most one chunk of local layers, and for all of it in global ones."""
+    engine = make_engine(tiny, step_tokens=16)
+    sequence = engine.sequence(random_prompt(random.Random(0), 80), Sampling(max_tokens=2), lambda event: None)
+    engine.scheduler.add(sequence)
+    while sequence.num_computed < 80:
+        engine.step()
+        assert len(sequence.local_table) <= 16 // 4
+        assert len(sequence.full_table) == -(-sequence.num_computed // 4)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "error", "words"),
+    [
+        (plain_prompt([]), GREEDY, PromptError, "empty"),
+        (plain_prompt([0] * 2000), GREEDY, ContextError, "2,000 tokens"),
+        (plain_prompt([0] * 1000), Sampling(max_tokens=100), ContextError, "max_tokens is 100"),
+        (plain_prompt([999]), GREEDY, PromptError, "999"),
+        (plain_prompt([-1]), GREEDY, PromptError, "-1"),
+        (plain_prompt([268]), GREEDY, PromptError, "1 patch tokens"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_the_door(
+    tiny: Model, prompt: Prompt, sampling: Sampling, error: type[HerdError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        make_engine(tiny).sequence(prompt, sampling, lambda event: None)
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"page_tokens": 5}, "does not divide"),
+        ({"context_tokens": 1024, "kv_gib": 1e-6}, "GiB"),
+        ({"max_sequences": 0}, "max_sequences"),
+        ({"step_tokens": 2, "max_sequences": 3}, "step_tokens"),
+        ({"kv_gib": 0}, "kv_gib"),
+    ],
+)
+def test_choices_that_cannot_be_are_refused(tiny: Model, choices: dict[str, float], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        make_engine(tiny, **choices)

@@ -1,0 +1,150 @@
+"""The Python API and the async backend over a live engine thread."""
+
+import asyncio
+import gc
+import time
+
+import pytest
+import torch
+
+import herd
+from herd.chat import ChatRequest, Done, Message, Sampling, Text
+from herd.engine.local import Local, Model
+from herd.errors import HerdError, ModelNotFound, PromptError, UsageError
+from herd.text.prompt import Prompt
+
+from .greedy import greedy_reply, packed_logits
+
+
+def is_idle(model: Model) -> bool:
+    """Whether the engine comes to rest with every page free, within a few seconds."""
+    pages = model.thread.engine.pages
+    for _ in range(200):
+        if model.thread.engine.scheduler.is_idle and all(len(p.free) == p.num_pages for p in (pages.full, pages.local)):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def plain(tokens: list[int]) -> Prompt:
+    return Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=())
+
+
+def test_generate_is_the_greedy_reply(tiny: Model) -> None:
+    reply = tiny.generate("Hello", temperature=0, max_tokens=20)
+    pieces = list(reply)
+    want = greedy_reply(tiny, plain([tiny.config.bos_id or 0, *b"Hello"]), 20)
+    assert list(reply.tokens) == want
+    assert "".join(pieces) == reply.text and reply.done
+
+
+def test_chat_takes_strings_messages_and_dicts(tiny: Model) -> None:
+    asked = ("hi", [Message(role="user", content=("hi",))], [{"role": "user", "content": "hi"}], [{"role": "user", "content": [{"type": "text", "text": "hi"}]}])
+    replies = {tiny.chat(messages, temperature=0, max_tokens=12).tokens for messages in asked}
+    assert len(replies) == 1
+
+
+def test_logits_equal_the_forward(tiny: Model) -> None:
+    tokens = [256, *b"some text"]
+    logits = tiny.logits(tokens)
+    assert (logits.dtype, logits.shape) == (torch.float32, (10, 512))
+    assert torch.equal(logits, packed_logits(tiny.llama4, tokens))
+
+
+def test_logits_with_an_image(tiny: Model, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    PIL = pytest.importorskip("PIL.Image")
+    PIL.new("RGB", (56, 56), (200, 10, 10)).save(tmp_path / "red.png")
+    PIL.new("RGB", (56, 56), (10, 10, 200)).save(tmp_path / "blue.png")
+    prompt = tiny.prompt([Message(role="user", content=(herd_image(tmp_path / "red.png"), "what?"))])
+    red, blue = (tiny.logits(prompt.tokens, [tmp_path / name]) for name in ("red.png", "blue.png"))
+    assert (red[-1] - blue[-1]).abs().max() > 1e-4
+    with pytest.raises(PromptError, match="0 features"):
+        tiny.logits(prompt.tokens)
+
+
+def herd_image(path):  # type: ignore[no-untyped-def]
+    from herd.text.images import read_image
+
+    return read_image(path)
+
+
+def test_a_reply_that_is_dropped_frees_its_pages(tiny: Model) -> None:
+    reply = tiny.generate("x", temperature=1.0, max_tokens=900, ignore_eos=True)
+    next(reply)
+    assert not tiny.thread.engine.scheduler.is_idle
+    del reply
+    gc.collect()
+    assert is_idle(tiny)
+
+
+def test_many_readers_at_once(tiny: Model) -> None:
+    prompts = [f"prompt number {i}" for i in range(30)]
+    replies = [tiny.generate(prompt, temperature=0, max_tokens=16) for prompt in prompts]
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert list(reply.tokens) == greedy_reply(tiny, plain([256, *prompt.encode()]), 16)
+    assert is_idle(tiny)
+
+
+def test_backend_streams_and_ends(tiny: Model) -> None:
+    request = ChatRequest(
+        model="tiny", messages=(Message(role="user", content=("hey",)),), sampling=Sampling(temperature=0, max_tokens=9, ignore_eos=True)
+    )
+
+    async def run() -> list[Text | Done]:
+        return [event async for event in Local([tiny]).chat(request)]
+
+    events = asyncio.run(run())
+    assert isinstance(events[-1], Done) and events[-1].usage.completion_tokens == 9
+    assert "".join(e.text for e in events if isinstance(e, Text)) == tiny.chat("hey", temperature=0, max_tokens=9, ignore_eos=True).text
+
+
+def test_backend_cancels_when_closed(tiny: Model) -> None:
+    request = ChatRequest(
+        model="tiny", messages=(Message(role="user", content=("hey",)),), sampling=Sampling(temperature=1, max_tokens=800, ignore_eos=True)
+    )
+
+    async def run() -> None:
+        events = Local([tiny]).chat(request)
+        async for _ in events:
+            break
+        await events.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(run())
+    assert is_idle(tiny)
+
+
+def test_an_engine_that_dies_tells_every_reader() -> None:
+    model = herd.load("tiny")
+
+    def broken(plan: object) -> None:
+        raise RuntimeError("no more")
+
+    model.thread.engine.runner.see = broken  # type: ignore[method-assign,assignment]
+    with pytest.raises(HerdError, match="no more"):
+        list(model.generate("x"))
+    assert not Local([model]).is_healthy()
+    with pytest.raises(HerdError, match="no more"):
+        model.generate("x")
+
+
+def test_what_does_not_exist_is_named(tiny: Model) -> None:
+    with pytest.raises(UsageError, match="temprature") as caught:
+        tiny.chat("x", temprature=1)
+    assert "temperature" in caught.value.hint
+    with pytest.raises(UsageError, match="kv_gb") as caught:
+        herd.load("tiny", kv_gb=3)
+    assert "kv_gib" in caught.value.hint
+    with pytest.raises(ModelNotFound, match="scuot") as missing:
+        herd.load("scuot")
+    assert "scout" in missing.value.hint
+    with pytest.raises(PromptError, match="keys"):
+        tiny.chat([{"role": "user", "text": "x"}])
+    with pytest.raises(PromptError, match="video"):
+        tiny.chat([{"role": "user", "content": [{"type": "video"}]}])
+
+    async def run() -> None:
+        async for _ in Local([tiny]).chat(ChatRequest(model="tniy", messages=(Message(role="user", content=("x",)),))):
+            pass
+
+    with pytest.raises(ModelNotFound, match="tniy"):
+        asyncio.run(run())

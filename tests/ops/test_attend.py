@@ -1,0 +1,155 @@
+"""Attention: the fast kernel against its definition, packed documents against a mask drawn by hand, pages against packed documents."""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from herd.ops.attend import Packed, Paged, Reach, causal, causal_plain
+
+HEADS = [(1, 1), (4, 4), (6, 2), (5, 1)]  # of queries, of keys
+
+
+def qkv(n: int, m: int, H: int, G: int, K: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(2 * torch.randn(shape, generator=generator) for shape in ((n, H, K), (m, G, K), (m, G, K)))
+
+
+def brute_force(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """One query, one head at a time, in float64, over the keys that `allowed` [T, T] lets it see."""
+    out = torch.empty_like(q, dtype=torch.float64)
+    group = q.shape[1] // k.shape[1]
+    for t in range(q.shape[0]):
+        keys, values = k[allowed[t]].double(), v[allowed[t]].double()
+        for h in range(q.shape[1]):
+            weights = (keys[:, h // group] @ q[t, h].double() / math.sqrt(q.shape[2])).softmax(0)
+            out[t, h] = weights @ values[:, h // group]
+    return out.float()
+
+
+@pytest.mark.parametrize(("n", "m"), [(n, m) for m in (1, 2, 7, 33) for n in sorted({1, 2, m // 2, m - 1, m}) if 1 <= n <= m])
+@pytest.mark.parametrize(("H", "G"), HEADS)
+@pytest.mark.parametrize("K", [2, 8, 16])
+def test_causal_equals_plain(n: int, m: int, H: int, G: int, K: int) -> None:
+    inputs = [x.requires_grad_() for x in qkv(n, m, H, G, K)]
+    fast, plain = causal(*inputs), causal_plain(*inputs)
+    assert fast.shape == (n, H, K)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+    upstream = torch.randn(n, H, K, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(torch.autograd.grad(fast, inputs, upstream), torch.autograd.grad(plain, inputs, upstream), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 9), (4, 9), (9, 9)])
+@pytest.mark.parametrize(("H", "G"), HEADS)
+def test_plain_is_the_definition(n: int, m: int, H: int, G: int) -> None:
+    q, k, v = qkv(m, m, H, G, 8)
+    expected = brute_force(q, k, v, torch.ones(m, m, dtype=torch.bool).tril())[-n:]
+    torch.testing.assert_close(causal_plain(q[-n:], k, v), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_causal_in_bfloat16() -> None:
+    q, k, v = (x.bfloat16() for x in qkv(5, 12, 4, 2, 16))
+    assert causal(q, k, v).dtype == causal_plain(q, k, v).dtype == torch.bfloat16
+    torch.testing.assert_close(causal(q, k, v), causal_plain(q, k, v), atol=0.03, rtol=0.03)
+
+
+def packed_mask(lengths: list[int], chunk: int | None) -> Tensor:
+    """allow(q, k): the same document, k not after q, and on a local layer the same block of `chunk` positions of it."""
+    places = [(document, position) for document, length in enumerate(lengths) for position in range(length)]
+    return torch.tensor(
+        [[d == e and j <= i and (chunk is None or i // chunk == j // chunk) for e, j in places] for d, i in places], dtype=torch.bool
+    )
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.none() | st.integers(1, 45), st.sampled_from(HEADS), st.integers(0, 2**32))
+def test_packed_equals_brute_force(lengths: list[int], chunk: int | None, heads: tuple[int, int], seed: int) -> None:
+    q, k, v = qkv(sum(lengths), sum(lengths), *heads, 4, seed)
+    attend = Packed(lengths, chunk)
+    for is_local, span in ((True, chunk), (False, None)):
+        expected = brute_force(q, k, v, packed_mask(lengths, span))
+        torch.testing.assert_close(attend(0, is_local, q, k, v), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_are_blocks_and_no_sliding_window() -> None:
+    """The border that a sliding window would miss: 8191 sees 8192 keys, 8192 sees itself."""
+    q = k = torch.zeros(8200, 1, 1)
+    v = torch.ones(8200, 1, 1)
+    v[8191] = 1000.0
+    out = Packed([8200], 8192)(0, True, q, k, v).flatten()
+    assert out[8191].item() == pytest.approx((8191 + 1000) / 8192, rel=1e-5)
+    assert out[8192].item() == 1.0
+    assert Packed([8200], 8192)(0, False, q, k, v).flatten()[8192].item() == pytest.approx((8192 + 1000) / 8193, rel=1e-5)
+
+
+@dataclass
+class Served:
+    """One sequence as an engine would serve it: a slot for every position on global layers, a ring of one chunk on local layers."""
+
+    length: int
+    chunk: int
+    full: list[int]
+    ring: list[int]
+    done: int = 0
+    outs: dict[bool, list[Tensor]] = field(default_factory=lambda: {True: [], False: []})
+
+    def runs(self, cut: int) -> tuple[range, list[int], list[int], list[int], list[int]]:
+        """The next at most `cut` positions, not past the border of a chunk; local and global slots to write and to read."""
+        start = self.done
+        border = (start // self.chunk + 1) * self.chunk
+        new = range(start, min(start + cut, self.length, border))
+        local = [self.ring[p % self.chunk] for p in range(start // self.chunk * self.chunk, new.stop)]
+        self.done = new.stop
+        return new, local[-len(new) :], local, self.full[start : new.stop], self.full[: new.stop]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    chunk=st.integers(1, 20),
+    heads=st.sampled_from(HEADS),
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+def test_paged_equals_packed(lengths: list[int], chunk: int, heads: tuple[int, int], seed: int, data: st.DataObject) -> None:
+    """Slots in any order, prompts cut anywhere, sequences joined and left out of steps at will: the same numbers come out."""
+    T, K, (_, G) = sum(lengths), 4, heads
+    layers = {True: qkv(T, T, *heads, K, seed), False: qkv(T, T, *heads, K, seed + 1)}
+    generator = torch.Generator().manual_seed(seed)
+    full = iter(torch.randperm(T + 7, generator=generator).tolist())
+    ring = iter(torch.randperm(len(lengths) * chunk + 7, generator=generator).tolist())
+    served = [Served(n, chunk, [next(full) for _ in range(n)], [next(ring) for _ in range(chunk)]) for n in lengths]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    sizes = [len(lengths) * chunk + 7, T + 7]  # layer 0 is local, layer 1 global
+    keys, values = ([torch.full((size, G, K), torch.nan) for size in sizes] for _ in range(2))
+    while waiting := [i for i, s in enumerate(served) if s.done < s.length]:
+        step = data.draw(st.lists(st.sampled_from(waiting), min_size=1, max_size=4, unique=True), label="sequences of the step")
+        runs = [served[i].runs(data.draw(st.integers(1, 25), label="new tokens")) for i in step]
+        rows = torch.tensor([starts[i] + p for i, (new, *_) in zip(step, runs, strict=True) for p in new])
+        local, everything = (
+            Reach(torch.tensor([slot for run in runs for slot in run[w]]), [torch.tensor(run[w + 1]) for run in runs]) for w in (1, 3)
+        )
+        attend = Paged(keys, values, [len(run[0]) for run in runs], local, everything)
+        for is_local, (q, k, v) in layers.items():
+            out = attend(0 if is_local else 1, is_local, q[rows], k[rows], v[rows])
+            for i, part in zip(step, out.split([len(run[0]) for run in runs]), strict=True):
+                served[i].outs[is_local].append(part)
+    for is_local, (q, k, v) in layers.items():
+        out = torch.cat([part for s in served for part in s.outs[is_local]])
+        torch.testing.assert_close(out, Packed(lengths, chunk)(0, is_local, q, k, v), atol=1e-6, rtol=1e-6)
+
+
+def test_paged_keeps_the_dtype_of_the_queries_whatever_the_pages_are() -> None:
+    q, k, v = qkv(3, 3, 4, 2, 8)
+    pages = [torch.zeros(9, 2, 8, dtype=torch.bfloat16)], [torch.zeros(9, 2, 8, dtype=torch.bfloat16)]
+    slots = torch.tensor([7, 2, 5])
+    reach = Reach(slots, [slots])
+    out = Paged(*pages, [3], reach, reach)(0, True, q, k, v)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, causal(q, k.bfloat16().float(), v.bfloat16().float()))
+    assert (pages[0][0][[0, 1, 3, 4, 6, 8]] == 0).all(), "no slot but the three was written"

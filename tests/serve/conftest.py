@@ -1,0 +1,66 @@
+"""A real server on a free port of this machine, in a thread, for the length of a test."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import httpx2
+import pytest
+
+from herd.chat import Backend
+from herd.serve.app import Server, bind, make_app
+from herd.serve.config import ServeConfig
+from tests.serve.echo import Echo
+
+
+@dataclass(frozen=True)
+class Live:
+    """A server under test and a client of it."""
+
+    url: str
+    http: httpx2.Client
+    server: Server
+
+    def chat(self, content: object = "hello there", **fields: object) -> httpx2.Response:
+        """POST a chat completion of one user message; `fields` are added to the body, or stand in for what is there."""
+        body = {"model": "echo", "messages": [{"role": "user", "content": content}], **fields}
+        return self.http.post("/v1/chat/completions", json=body)
+
+
+@contextmanager
+def live(backend: Backend, config: ServeConfig | None = None, is_healthy: Callable[[], bool] = lambda: True) -> Iterator[Live]:
+    config = config or ServeConfig(port=0, shutdown_s=1)
+    listener = bind(config)
+    urls: list[str] = []
+    ready = threading.Event()
+    server = Server(make_app(backend, config, is_healthy=is_healthy), config, lambda url: (urls.append(url), ready.set()))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    assert ready.wait(10), "the server did not start"
+    try:
+        with httpx2.Client(base_url=urls[0], timeout=10) as http:
+            yield Live(urls[0], http, server)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Live]]:
+    """Start a server over a backend; it stops with the test."""
+    with ExitStack() as stack:
+        yield lambda *args, **kwargs: stack.enter_context(live(*args, **kwargs))
+
+
+@pytest.fixture(scope="module")
+def echo() -> Echo:
+    return Echo("echo", "second-model")
+
+
+@pytest.fixture(scope="module")
+def served(echo: Echo) -> Iterator[Live]:
+    """A server over `echo`, one for all tests of a file."""
+    with live(echo, ServeConfig(port=0, max_body_bytes=100_000)) as running:
+        yield running

@@ -1,0 +1,113 @@
+"""One scope for every reply: what happens in it when the work ends, fails, or has nobody left to work for."""
+
+import asyncio
+from collections.abc import Coroutine
+
+import pytest
+from starlette.requests import ClientDisconnect
+
+from herd.errors import ResourceError
+from herd.serve.connection import while_connected
+from herd.serve.sse import EventStream, chunks
+from tests.serve.echo import Script, words
+
+REPLY = {"id": "chatcmpl-1", "created": 1, "model": "echo"}
+
+
+async def stays() -> dict[str, str]:
+    await asyncio.sleep(60)
+    return {"type": "http.disconnect"}
+
+
+async def goes() -> dict[str, str]:
+    await asyncio.sleep(0.05)
+    return {"type": "http.disconnect"}
+
+
+class Work:
+    """Something long whose clean-up takes a moment."""
+
+    is_clean = False
+
+    async def run(self) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.05)
+            self.is_clean = True
+
+
+def alone(main: Coroutine[None, None, None]) -> None:
+    """Run it and see that it leaves no task behind."""
+
+    async def run() -> None:
+        await main
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+def test_result_and_failure_pass_through():
+    async def run() -> None:
+        assert await while_connected(stays, asyncio.sleep(0, "result")) == "result"
+        with pytest.raises(ZeroDivisionError):
+            await while_connected(stays, divide())
+
+    async def divide() -> float:
+        return 1 / 0
+
+    alone(run())
+
+
+def test_client_goes_away():
+    async def run() -> None:
+        work = Work()
+        with pytest.raises(ClientDisconnect):
+            await while_connected(goes, work.run())
+        assert work.is_clean
+
+    alone(run())
+
+
+def test_server_stops():
+    async def run() -> None:
+        work = Work()
+        request = asyncio.create_task(while_connected(stays, work.run()))
+        await asyncio.sleep(0.05)
+        request.cancel()
+        with pytest.raises(ResourceError, match="the server is stopping"):
+            await request
+        assert work.is_clean
+
+    alone(run())
+
+
+def test_client_goes_away_while_a_line_is_written():
+    """The backend is not at work then, and is still closed, by the task that read from it."""
+
+    async def run() -> None:
+        backend = Script([*words("one", "two")])
+
+        async def stuck(_: object) -> None:
+            await asyncio.sleep(60)
+
+        with pytest.raises(ClientDisconnect):
+            await EventStream(chunks(backend.chat(None), REPLY, with_usage=False), ping_s=15)({}, goes, stuck)
+        assert backend.closed.is_set()
+
+    alone(run())
+
+
+def test_stream_leaves_nothing_behind():
+    async def run() -> None:
+        sent: list[dict[str, object]] = []
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        await EventStream(chunks(Script(words("one")).chat(None), REPLY, with_usage=True), ping_s=15)({}, stays, send)
+        assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * 6
+        assert [message["more_body"] for message in sent[1:]] == [True] * 5 + [False]
+
+    alone(run())
