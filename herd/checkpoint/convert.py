@@ -1,6 +1,6 @@
 """One checkpoint format into another, streaming: no more than a few pieces of tensors are in memory at any time.
 
-Peak memory stays under twice the largest piece plus a constant, so a laptop converts the 400B model; `tests/checkpoint` measures it.
+Peak memory stays under twice the largest tensor plus 1 GB, so a laptop converts the 400B model; `tests/checkpoint/test_memory.py` measures.
 """
 
 from pathlib import Path

@@ -13,7 +13,6 @@ A `llama` file (SmolLM2, Llama 3) is a Llama 4 whose layers are all local, with 
 import dataclasses
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ from torch import Tensor
 from herd.checkpoint.names import check_tensors, file_tensors
 from herd.checkpoint.safefile import bytes_of, write_all
 from herd.checkpoint.source import Region, Source, Stored, check_expressible, held, mend_rope
+from herd.checkpoint.vocabulary import spelled_merges, spelled_tokens, tokenizer_in
 from herd.errors import CheckpointError
 from herd.log import log
 from herd.model.config import ModelConfig, RopeScaling
 from herd.model.rope import frequencies
-from herd.text.tokenizer import bpe_json, load_tokenizer, spell
+from herd.text.tokenizer import bpe_json
 
 _FLOATS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _KINDS = {dtype: kind for kind, dtype in _FLOATS.items()}
@@ -89,8 +89,11 @@ def _stored(path: Path, t: Any) -> Stored:
     shape = tuple(int(n) for n in reversed(t.shape))
     if t.tensor_type in _FLOATS:
         return Region(path, t.data_offset, shape, _FLOATS[t.tensor_type]).stored()
-    if t.tensor_type not in gguf.quants._type_traits:
-        raise CheckpointError(f"{path}: tensor {t.name} has type {t.tensor_type.name}, which is not read", "use a float or K-quant file")
+    try:
+        gguf.quants.dequantize(np.zeros_like(t.data[:1]), t.tensor_type)
+    except NotImplementedError as error:
+        message = f"{path}: tensor {t.name} has type {t.tensor_type.name}, which is not read"
+        raise CheckpointError(message, "use a file of floats or of another quantization") from error
     region = Region(path, t.data_offset, tuple(t.data.shape), torch.uint8)
 
     def rows(start: int, stop: int) -> Tensor:
@@ -300,34 +303,22 @@ def _check(config: ModelConfig, facts: dict[str, Any], shapes: Mapping[str, tupl
 
 def _tokenizer_facts(source: Source) -> dict[str, Any]:
     """The tokenizer's lists. Without a tokenizer the file runs on token ids alone."""
-    if not ({"tokenizer.model", "tokenizer.json"} & source.files.keys()):
+    tokenizer = tokenizer_in(source.files)
+    if tokenizer is None:
         return {"tokenizer.ggml.model": "no_vocab"}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in source.files.items():
-            Path(folder, name).write_bytes(content)
-        tokenizer = load_tokenizer(Path(folder))
     if not tokenizer.merges():
         log.warning("the tokenizer has no merges, which llama.cpp cannot do; the file runs on token ids alone")
         return {"tokenizer.ggml.model": "no_vocab"}
     config = source.config
-    names = {i: name for name, i in tokenizer.specials.items()}
-    tokens, types = [], []
-    for i in range(config.vocab_size):
-        if i in names:
-            tokens.append(names[i])
-            types.append(_CONTROL)
-        elif content := tokenizer.token_bytes(i):
-            tokens.append(spell(content))
-            types.append(_NORMAL)
-        else:
-            tokens.append(f"[PAD{i}]")
-            types.append(_UNUSED)
+    tokens = spelled_tokens(tokenizer, config.vocab_size)
+    special = set(tokenizer.specials.values())
+    types = [_CONTROL if i in special else _NORMAL if tokenizer.token_bytes(i) else _UNUSED for i in range(config.vocab_size)]
     facts: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": tokenizer.pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [f"{spell(a)} {spell(b)}" for a, b in tokenizer.merges()],
+        "tokenizer.ggml.merges": spelled_merges(tokenizer),
         "tokenizer.ggml.add_bos_token": config.bos_id is not None,
         "tokenizer.ggml.padding_token_id": config.pad_id,
     }

@@ -17,12 +17,14 @@ from torch import Tensor
 from herd.checkpoint import safefile
 from herd.checkpoint.names import FileTensor, check_tensors, file_tensors
 from herd.checkpoint.source import TOKENIZER_FILES, Region, Source, Stored, chat_format, check_expressible, mend_rope
+from herd.checkpoint.vocabulary import tokenizer_in, tokenizer_json
 from herd.errors import CheckpointError
 from herd.log import log
 from herd.model.config import ModelConfig, RopeScaling, VisionConfig
 
 CONFIG = "config.json"
 _GENERATION = "generation_config.json"
+_ADVISED = {"advised_temperature": "temperature", "advised_top_p": "top_p"}  # in generation_config.json
 
 # herd's field <- transformers' key and the default that transformers gives it. Source: configuration_llama4.py.
 _TEXT: dict[str, tuple[str, Any]] = {
@@ -150,6 +152,7 @@ def read_config(data: Mapping[str, Any], generation: Mapping[str, Any], files: M
     facts["rope_theta"], facts["rope_scaling"] = _rope(text, where)
     facts["tied"] = bool(text.get("tie_word_embeddings", data.get("tie_word_embeddings", False)))
     facts["stop_ids"] = _ids(generation.get("eos_token_id", text.get("eos_token_id", 2)))
+    facts |= {herd: float(generation[theirs]) for herd, theirs in _ADVISED.items() if theirs in generation}
     if facts["pad_id"] is None:
         facts["pad_id"] = facts["stop_ids"][0] if facts["stop_ids"] else 0
     facts["patch_id"] = data.get("image_token_index", ModelConfig.__dataclass_fields__["patch_id"].default)
@@ -286,7 +289,7 @@ def write(source: Source, folder: Path, advance: Callable[[float], None], *, sha
     """Write a source into an empty folder as transformers reads it. Raises `CheckpointError` for a model it cannot express."""
     config = source.config
     data, generation = write_config(config, source.dtype)
-    files = source.files
+    files = {**_tokenizer_files(source), **source.files}
     check_expressible(config, read_config(data, generation, files, "config.json"), "config.json")
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
     (folder / _GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
@@ -298,6 +301,25 @@ def write(source: Source, folder: Path, advance: Callable[[float], None], *, sha
         for name, t in file_tensors(config, "hf").items()
     }
     safefile.write_folder(folder, tensors, advance, shard_bytes=shard_bytes)
+
+
+def _tokenizer_files(source: Source) -> dict[str, bytes]:
+    """What transformers needs beside what the source has. No chat template: herd renders messages itself and has none to give."""
+    tokenizer = tokenizer_in(source.files)
+    if tokenizer is None:
+        return {}
+    names, config = {i: name for name, i in tokenizer.specials.items()}, source.config
+    facts = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None if config.bos_id is None else names.get(config.bos_id),
+        "eos_token": names.get(config.stop_ids[-1]) if config.stop_ids else None,
+        "pad_token": names.get(config.pad_id),
+        "model_max_length": config.context_tokens,
+    }
+    files = {"tokenizer_config.json": json.dumps(facts, indent=2).encode()}
+    if "tokenizer.json" not in source.files:
+        files["tokenizer.json"] = tokenizer_json(tokenizer)
+    return files
 
 
 def _join(parts: list[Stored], t: FileTensor) -> Stored:
@@ -337,7 +359,8 @@ def write_config(config: ModelConfig, dtype: torch.dtype) -> tuple[dict[str, Any
             "high_freq_factor": config.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": config.rope_scaling.original_tokens,
         }
-    generation = {"bos_token_id": config.bos_id, "eos_token_id": list(config.stop_ids), "pad_token_id": config.pad_id}
+    generation = {"bos_token_id": config.bos_id, "eos_token_id": list(config.stop_ids), "pad_token_id": config.pad_id, "do_sample": True}
+    generation |= {theirs: getattr(config, herd) for herd, theirs in _ADVISED.items()}
     if config.vision is None:
         return {"architectures": ["Llama4ForCausalLM"], **text}, generation
     data = {

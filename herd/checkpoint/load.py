@@ -98,8 +98,8 @@ def read(folder: Path) -> Source:
         config: ModelConfig = from_dict(ModelConfig, values)
     except TypeError as error:  # a fact is missing
         raise CheckpointError(f"{path} is not whole: {error}") from error
-    regions = safefile.read_folder(folder)
-    check_tensors({name: region.shape for name, region in regions.items()}, herd_shapes(config), str(folder))
-    tensors = {name: regions[name].stored() for name in herd_shapes(config)}
+    regions, shapes = safefile.read_folder(folder), herd_shapes(config)
+    check_tensors({name: region.shape for name, region in regions.items()}, shapes, str(folder))
+    tensors = {name: regions[name].stored() for name in shapes}
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     return Source(config=config, tensors=tensors, files=files, kind="herd")

@@ -41,67 +41,80 @@ class Row:
     gguf: str | None = None  # None: the eyes, which a GGUF model file does not hold
 
 
-def _text() -> Iterator[Row]:
-    hf, meta, gguf = "language_model.model.layers.{i}.", "layers.{i}.", "blk.{i}."
-    yield Row("embed.weight", Slot("language_model.model.embed_tokens.weight"), Slot("tok_embeddings.weight"), 0, "token_embd.weight")
-    yield Row("norm.weight", Slot("language_model.model.norm.weight"), Slot("norm.weight"), None, "output_norm.weight")
-    yield Row("head.weight", Slot("language_model.lm_head.weight"), Slot("output.weight"), 0, "output.weight")
+# Blocks, each with a first line of prefixes ("." is none): herd | Hugging Face | Meta | dim that Meta cuts | GGUF. `[1]` is part 1, `^T` is
+# turned, "-" is none. Meta names the ffn norm by the kind of layer: `file_tensors` puts the name in for {ffn}.
+_ROWS = """
+.            | .                                        | .                     | . | .
+embed.weight | language_model.model.embed_tokens.weight | tok_embeddings.weight | 0 | token_embd.weight
+norm.weight  | language_model.model.norm.weight         | norm.weight           | - | output_norm.weight
+head.weight  | language_model.lm_head.weight            | output.weight         | 0 | output.weight
 
-    def layer(herd: str, theirs: Slot, metas: Slot, split: int | None, ggufs: str) -> Row:
-        theirs = Slot(hf + theirs.name, theirs.part, theirs.turned)
-        metas = Slot(meta + metas.name, metas.part, metas.turned)
-        return Row("layers.{i}." + herd, theirs, metas, split, f"{gguf}{ggufs}.weight")
+layers.{i}.            | language_model.model.layers.{i}.            | layers.{i}.                              | . | blk.{i}.
+attention_norm.weight  | input_layernorm.weight                      | attention.wqkv.layer_norm_weight         | - | attn_norm.weight
+attention.q.weight     | self_attn.q_proj.weight                     | attention.wqkv.weight[0]                 | 0 | attn_q.weight
+attention.k.weight     | self_attn.k_proj.weight                     | attention.wqkv.weight[1]                 | 0 | attn_k.weight
+attention.v.weight     | self_attn.v_proj.weight                     | attention.wqkv.weight[2]                 | 0 | attn_v.weight
+attention.o.weight     | self_attn.o_proj.weight                     | attention.wo.weight                      | 1 | attn_output.weight
+ffn_norm.weight        | post_attention_layernorm.weight             | feed_forward.{ffn}                       | - | ffn_norm.weight
+ffn.gate.weight        | feed_forward.gate_proj.weight               | feed_forward.mlp.fc1_weight[0]           | 0 | ffn_gate.weight
+ffn.up.weight          | feed_forward.up_proj.weight                 | feed_forward.mlp.fc1_weight[1]           | 0 | ffn_up.weight
+ffn.down.weight        | feed_forward.down_proj.weight               | feed_forward.mlp.fc2_weight              | 1 | ffn_down.weight
+ffn.router.weight      | feed_forward.router.weight                  | feed_forward.router_DE^T                 | - | ffn_gate_inp.weight
+ffn.experts.gate       | feed_forward.experts.gate_up_proj[0]^T      | feed_forward.experts.moe_w_in_eD_F^T     | 1 | ffn_gate_exps.weight
+ffn.experts.up         | feed_forward.experts.gate_up_proj[1]^T      | feed_forward.experts.moe_w_swiglu_eD_F^T | 1 | ffn_up_exps.weight
+ffn.experts.down       | feed_forward.experts.down_proj^T            | feed_forward.experts.moe_w_out_eF_D^T    | 2 | ffn_down_exps.weight
+ffn.shared.gate.weight | feed_forward.shared_expert.gate_proj.weight | feed_forward.w_in_shared_FD.weight       | 0 | ffn_gate_shexp.weight
+ffn.shared.up.weight   | feed_forward.shared_expert.up_proj.weight   | feed_forward.w_swiglu_FD.weight          | 0 | ffn_up_shexp.weight
+ffn.shared.down.weight | feed_forward.shared_expert.down_proj.weight | feed_forward.w_out_shared_DF.weight      | 1 | ffn_down_shexp.weight
 
-    yield layer("attention_norm.weight", Slot("input_layernorm.weight"), Slot("attention.wqkv.layer_norm_weight"), None, "attn_norm")
-    for part, x in enumerate("qkv"):
-        yield layer(f"attention.{x}.weight", Slot(f"self_attn.{x}_proj.weight"), Slot("attention.wqkv.weight", part), 0, f"attn_{x}")
-    yield layer("attention.o.weight", Slot("self_attn.o_proj.weight"), Slot("attention.wo.weight"), 1, "attn_output")
+.                          | .                                          | .                                                         | . | .
+vision.patch.weight        | vision_model.patch_embedding.linear.weight | vision_embeddings.vision_encoder.conv1._linear.weight     | 0 | -
+vision.cls                 | vision_model.class_embedding               | vision_embeddings.vision_encoder.class_embedding          | - | -
+vision.positions           | vision_model.positional_embedding_vlm      | vision_embeddings.vision_encoder.positional_embedding_vlm | - | -
+vision.norm_in.weight      | vision_model.layernorm_pre.weight          | vision_embeddings.vision_encoder.ln_pre.weight            | - | -
+vision.norm_in.bias        | vision_model.layernorm_pre.bias            | vision_embeddings.vision_encoder.ln_pre.bias              | - | -
+vision.norm_out.weight     | vision_model.layernorm_post.weight         | vision_embeddings.vision_encoder.ln_post.weight           | - | -
+vision.norm_out.bias       | vision_model.layernorm_post.bias           | vision_embeddings.vision_encoder.ln_post.bias             | - | -
+vision.adapter.up.weight   | vision_model.vision_adapter.mlp.fc1.weight | vision_embeddings.vision_adapter.mlp.c_fc.weight          | 0 | -
+vision.adapter.down.weight | vision_model.vision_adapter.mlp.fc2.weight | vision_embeddings.vision_adapter.mlp.c_proj.weight        | 1 | -
+projector.weight           | multi_modal_projector.linear_1.weight      | vision_projection.weight                                  | 0 | -
 
-    # ffn_norm: Meta names it by the kind of layer, see `_meta_name`
-    yield layer("ffn_norm.weight", Slot("post_attention_layernorm.weight"), Slot("feed_forward.{ffn}"), None, "ffn_norm")
-    for part, x in enumerate(("gate", "up")):
-        yield layer(f"ffn.{x}.weight", Slot(f"feed_forward.{x}_proj.weight"), Slot("feed_forward.mlp.fc1_weight", part), 0, f"ffn_{x}")
-    yield layer("ffn.down.weight", Slot("feed_forward.down_proj.weight"), Slot("feed_forward.mlp.fc2_weight"), 1, "ffn_down")
-
-    ff, moe = "feed_forward.", "feed_forward.experts.moe_w_"
-    yield layer("ffn.router.weight", Slot(ff + "router.weight"), Slot(ff + "router_DE", turned=True), None, "ffn_gate_inp")
-    for part, (x, name) in enumerate((("gate", "in_eD_F"), ("up", "swiglu_eD_F"))):
-        fused = Slot(ff + "experts.gate_up_proj", part, turned=True)
-        yield layer(f"ffn.experts.{x}", fused, Slot(moe + name, turned=True), 1, f"ffn_{x}_exps")
-    turned_down = Slot(ff + "experts.down_proj", turned=True)
-    yield layer("ffn.experts.down", turned_down, Slot(moe + "out_eF_D", turned=True), 2, "ffn_down_exps")
-    for x, name, split in (("gate", "w_in_shared_FD", 0), ("up", "w_swiglu_FD", 0), ("down", "w_out_shared_DF", 1)):
-        theirs = Slot(f"{ff}shared_expert.{x}_proj.weight")
-        yield layer(f"ffn.shared.{x}.weight", theirs, Slot(f"{ff}{name}.weight"), split, f"ffn_{x}_shexp")
-
-
-def _eyes() -> Iterator[Row]:
-    hf, meta = "vision_model.", "vision_embeddings.vision_encoder."
-
-    def both(herd: str, theirs: str, metas: str, split: int | None = None, bias_split: int | None = None) -> Iterator[Row]:
-        for x, s in (("weight", split), ("bias", bias_split)):
-            yield Row(f"vision.{herd}.{x}", Slot(f"{hf}{theirs}.{x}"), Slot(f"{meta}{metas}.{x}"), s)
-
-    yield Row("vision.patch.weight", Slot(hf + "patch_embedding.linear.weight"), Slot(meta + "conv1._linear.weight"), 0)
-    yield Row("vision.cls", Slot(hf + "class_embedding"), Slot(meta + "class_embedding"))
-    yield Row("vision.positions", Slot(hf + "positional_embedding_vlm"), Slot(meta + "positional_embedding_vlm"))
-    yield from both("norm_in", "layernorm_pre", "ln_pre")
-    yield from both("norm_out", "layernorm_post", "ln_post")
-    herd, theirs, metas = "layers.{i}.", "model.layers.{i}.", "transformer.resblocks.{i}."
-    yield from both(herd + "attention_norm", theirs + "input_layernorm", metas + "ln_1")
-    for x in "qkv":
-        yield from both(f"{herd}attention.{x}", f"{theirs}self_attn.{x}_proj", f"{metas}attn.w{x}", 0, 0)
-    yield from both(herd + "attention.o", theirs + "self_attn.o_proj", metas + "attn.wo", 1)
-    yield from both(herd + "mlp_norm", theirs + "post_attention_layernorm", metas + "ln_2")
-    yield from both(herd + "mlp.up", theirs + "mlp.fc1", metas + "mlp.c_fc", 0, 0)
-    yield from both(herd + "mlp.down", theirs + "mlp.fc2", metas + "mlp.c_proj", 1)
-    for x, fc, c, split in (("up", "fc1", "c_fc", 0), ("down", "fc2", "c_proj", 1)):
-        adapter = Slot(f"vision_embeddings.vision_adapter.mlp.{c}.weight")
-        yield Row(f"vision.adapter.{x}.weight", Slot(f"{hf}vision_adapter.mlp.{fc}.weight"), adapter, split)
-    yield Row("projector.weight", Slot("multi_modal_projector.linear_1.weight"), Slot("vision_projection.weight"), 0)
+vision.layers.{i}.    | vision_model.model.layers.{i}.  | vision_embeddings.vision_encoder.transformer.resblocks.{i}. | . | .
+attention_norm.weight | input_layernorm.weight          | ln_1.weight                                                 | - | -
+attention_norm.bias   | input_layernorm.bias            | ln_1.bias                                                   | - | -
+attention.q.weight    | self_attn.q_proj.weight         | attn.wq.weight                                              | 0 | -
+attention.q.bias      | self_attn.q_proj.bias           | attn.wq.bias                                                | 0 | -
+attention.k.weight    | self_attn.k_proj.weight         | attn.wk.weight                                              | 0 | -
+attention.k.bias      | self_attn.k_proj.bias           | attn.wk.bias                                                | 0 | -
+attention.v.weight    | self_attn.v_proj.weight         | attn.wv.weight                                              | 0 | -
+attention.v.bias      | self_attn.v_proj.bias           | attn.wv.bias                                                | 0 | -
+attention.o.weight    | self_attn.o_proj.weight         | attn.wo.weight                                              | 1 | -
+attention.o.bias      | self_attn.o_proj.bias           | attn.wo.bias                                                | - | -
+mlp_norm.weight       | post_attention_layernorm.weight | ln_2.weight                                                 | - | -
+mlp_norm.bias         | post_attention_layernorm.bias   | ln_2.bias                                                   | - | -
+mlp.up.weight         | mlp.fc1.weight                  | mlp.c_fc.weight                                             | 0 | -
+mlp.up.bias           | mlp.fc1.bias                    | mlp.c_fc.bias                                               | 0 | -
+mlp.down.weight       | mlp.fc2.weight                  | mlp.c_proj.weight                                           | 1 | -
+mlp.down.bias         | mlp.fc2.bias                    | mlp.c_proj.bias                                             | - | -
+"""
 
 
-TABLE = {row.herd: row for row in (*_text(), *_eyes())}
+def _slot(cell: str, prefix: str) -> Slot:
+    found = re.fullmatch(r"(\S+?)(?:\[(\d)\])?(\^T)?", cell)
+    assert found, cell
+    return Slot(prefix + found[1], int(found[2]) if found[2] else None, found[3] is not None)
+
+
+def _rows() -> Iterator[Row]:
+    for block in _ROWS.strip().split("\n\n"):
+        head, *lines = ([cell.strip() for cell in line.split(" | ")] for line in block.splitlines())
+        herd, hf, meta, _, gguf = ("" if prefix == "." else prefix for prefix in head)
+        for ours, theirs, metas, split, ggufs in lines:
+            cut = None if split == "-" else int(split)
+            yield Row(herd + ours, _slot(theirs, hf), _slot(metas, meta), cut, None if ggufs == "-" else gguf + ggufs)
+
+
+TABLE = {row.herd: row for row in _rows()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +180,7 @@ def check_tensors(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
     faults, hint = [], "the config does not fit the weights, or the download is not whole"
     if missing:
         faults.append(f"{_count(missing)} missing: {_few(missing)}")
-        hint = nearest(missing[0], left) or hint
+        hint = nearest(missing[0], left[:1000]) or hint
     if left:
         faults.append(f"{_count(left)} left over that no part of the model takes: {_few(left)}")
     if bent:

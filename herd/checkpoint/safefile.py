@@ -37,7 +37,7 @@ _AGAIN = "fetch the file again"
 
 
 def read_folder(folder: Path) -> dict[str, Region]:
-    """Every tensor of a checkpoint folder: of the files in its index, or else of all `model*.safetensors`."""
+    """Every tensor of a checkpoint folder: of the files in its index, or else of all `*.safetensors`."""
     index = folder / INDEX
     if index.is_file():
         try:

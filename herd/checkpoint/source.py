@@ -171,6 +171,7 @@ def mend_rope(config: ModelConfig, where: str) -> ModelConfig:
 
 # Facts that change how a model is talked to, not what it computes: a format without a place for them is still written.
 _SOFT = {"context_tokens", "bos_id", "stop_ids", "pad_id", "patch_id", "chat_format", "tied", "vision.max_tiles"}
+_SOFT |= {"advised_temperature", "advised_top_p"}
 
 
 def check_expressible(config: ModelConfig, read_back: ModelConfig, format: str) -> None:

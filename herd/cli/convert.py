@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 from herd.checkpoint.convert import convert
-from herd.checkpoint.store import resolve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +17,6 @@ class Options:
 
 
 def run(options: Options) -> int:
-    convert(resolve(options.src), options.dst, options.to)
+    convert(options.src, options.dst, options.to)
     print(options.dst)
     return 0

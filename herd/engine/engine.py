@@ -1,5 +1,7 @@
 """The engine: requests in, events out, one step at a time. Synchronous, and owned by one thread."""
 
+from dataclasses import replace
+
 import torch
 
 from herd.chat import ChatEvent, Sampling
@@ -61,13 +63,19 @@ class Engine:
             raise PromptError(f"the prompt has {len(patches)} patch tokens and its images give {num_features} features")
         return Sequence(
             prompt=prompt,
-            sampler=Sampler(sampling),
+            sampler=Sampler(self.advised(sampling)),
             detokenizer=Detokenizer(self.tokenizer, sampling.stop),
             stop_ids=frozenset() if sampling.ignore_eos else frozenset(self.model.stop_ids),
             max_reply=wanted or room - length,
             patches=patches,
             emit=emit,
         )
+
+    def advised(self, sampling: Sampling) -> Sampling:
+        """`sampling` with the makers' advice where the caller has no wish."""
+        temperature = self.model.advised_temperature if sampling.temperature is None else sampling.temperature
+        top_p = self.model.advised_top_p if sampling.top_p is None else sampling.top_p
+        return replace(sampling, temperature=temperature, top_p=top_p)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, ChatEvent]]:

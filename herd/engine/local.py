@@ -3,7 +3,7 @@
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from collections.abc import Sequence as ListLike
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -242,6 +242,8 @@ class Local:
 
     def __init__(self, models: ListLike[Model]) -> None:
         self._models = {model.name: model for model in models}
+        if len(self._models) < len(models):
+            raise UsageError(f"two models have the same name: {', '.join(model.name for model in models)}", "rename a folder")
 
     def models(self) -> list[str]:
         return list(self._models)
@@ -250,8 +252,8 @@ class Local:
         """Whether every engine still runs."""
         return all(model.thread.failure is None for model in self._models.values())
 
-    async def chat(self, request: ChatRequest) -> AsyncIterator[ChatEvent]:
-        """Stream one reply; closing the iterator frees its sequence."""
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+        """Stream one reply; closing the generator frees its sequence."""
         model = self._models.get(request.model)
         if model is None:
             hint = nearest(request.model, self._models) or f"loaded: {', '.join(self._models)}"

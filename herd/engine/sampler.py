@@ -12,6 +12,7 @@ class Sampler:
     """Draws one sequence's tokens. The steps, in order: temperature, top_k, top_p, min_p, one draw."""
 
     def __init__(self, sampling: Sampling) -> None:
+        """sampling: with a temperature and a top_p."""
         self.sampling = sampling
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         self.generator = torch.Generator().manual_seed(seed)
@@ -33,6 +34,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     top_p keeps the token that crosses the threshold, so that at least one is always left; min_p is relative to the likeliest.
     Source: transformers' TopPLogitsWarper and MinPLogitsWarper (arXiv 2407.01082).
     """
+    assert sampling.temperature is not None and sampling.top_p is not None
     logits = logits.double() / sampling.temperature
     k = min(sampling.top_k or len(logits), len(logits))
     top, ids = logits.topk(k) if k < len(logits) else logits.sort(descending=True, stable=True)

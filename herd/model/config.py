@@ -37,8 +37,14 @@ class VisionConfig:
     max_tiles: int = 16  # tiles of one image, the global one not counted
 
     def __post_init__(self) -> None:
-        assert self.width % (self.num_heads * 4) == 0, "2D RoPE needs a head width that is a multiple of 4"
-        assert self.tile_pixels % (self.patch_pixels * self.shuffle) == 0, "tiles must divide into shuffled patches"
+        if self.width % (self.num_heads * 4):
+            raise CheckpointError(
+                f"vision width {self.width} with {self.num_heads} heads: 2D RoPE needs a head width that is a whole multiple of 4"
+            )
+        if self.tile_pixels % (self.patch_pixels * self.shuffle):
+            raise CheckpointError(
+                f"vision tiles of {self.tile_pixels} pixels do not divide into patches of {self.patch_pixels}, {self.shuffle} by {self.shuffle}"
+            )
 
     @property
     def grid(self) -> int:
@@ -82,6 +88,8 @@ class ModelConfig:
     pad_id: int = 200018
     patch_id: int = 200092  # `<|patch|>`: where image features go. Not `<|image|>`, which is 200090
     chat_format: str = "llama4"  # how messages are rendered: "llama4" or "chatml"
+    advised_temperature: float = 0.6  # what the makers advise for sampling. Source: Meta's generation scripts
+    advised_top_p: float = 0.9
     vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:

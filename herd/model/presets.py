@@ -61,7 +61,7 @@ TINY = ModelConfig(
     stop_ids=(257, 260, 261),
     pad_id=262,
     patch_id=268,
-    vision=VisionConfig(width=32, num_layers=2, num_heads=2, hidden_width=64, tile_pixels=56, patch_pixels=14, adapter_width=48),
+    vision=VisionConfig(width=32, num_layers=2, num_heads=2, hidden_width=128, tile_pixels=56, patch_pixels=14, adapter_width=48),
 )
 
 # SmolLM2-135M-Instruct as a Llama 4: dense, every layer local with RoPE, the chunk as long as the donor's context.
@@ -85,6 +85,8 @@ CRIA = ModelConfig(
     pad_id=2,
     patch_id=-1,
     chat_format="chatml",
+    advised_temperature=0.2,  # Source: the donor's model card
+    advised_top_p=0.9,
 )
 
 PRESETS = {"scout": SCOUT, "maverick": MAVERICK, "guard": GUARD, "behemoth": BEHEMOTH, "tiny": TINY, "cria": CRIA}

@@ -44,8 +44,7 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig) -> No
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, config.max_body_bytes)
         model(body.model)
-        # a backend's `chat` is an async generator: to close it is the way to cancel
-        events = cast("AsyncGenerator[ChatEvent, None]", backend.chat(chat_request(body)))
+        events = backend.chat(chat_request(body))
         reply = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, Llama4ForCausalLM, Llama4ForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Llama4ForCausalLM, Llama4ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from herd.checkpoint import hf
@@ -16,6 +16,8 @@ from herd.checkpoint.convert import write
 from herd.checkpoint.load import load_model, open_source
 from herd.errors import CheckpointError
 from herd.model.config import ModelConfig, RopeScaling
+from herd.model.presets import PRESETS
+from herd.text.tokenizer import load_tokenizer
 from tests.checkpoint.made import DENSE, FAMILY, MAVERICK, SCOUT, assert_same, entries, indexed, random_source
 from tests.model.small import packed_logits, random_prompt
 from tests.model.transformers_model import transformers_config
@@ -35,7 +37,7 @@ def test_there_and_back_is_the_same_bit_for_bit(config: ModelConfig, shard_bytes
     back = open_source(tmp_path / "hf")
     expected = config if config.vision else replace(config, patch_id=200092)  # no place for it, and no use
     assert back.config == expected
-    assert back.files == source.files
+    assert back.files.items() >= source.files.items()
     assert_same(source, back)
     write(back, tmp_path / "herd", "herd")
     assert_same(source, open_source(tmp_path / "herd"))
@@ -111,7 +113,98 @@ def test_what_transformers_saves_of_a_text_model_loads_here(tmp_path: Path) -> N
         torch.testing.assert_close(packed_logits(ours, [prompt]), theirs(input_ids=prompt.tokens[None]).logits[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_transformers_reads_a_tokenizer_that_was_metas(tmp_path: Path) -> None:
+    """Meta's tokenizer.model becomes a tokenizer.json with the same ids."""
+    llama_models = pytest.importorskip("llama_models", reason="llama-models, which holds the real tokenizer, is not installed")
+    model = Path(llama_models.__path__[0], "llama4", "tokenizer.model").read_bytes()
+    source = replace(indexed(replace(TEXT_ONLY, bos_id=200000, stop_ids=(200008,))), files={"tokenizer.model": model})
+    write(source, tmp_path / "hf", "hf")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer(tmp_path / "hf")
+    text = "The Llama herd, 2025: grüß dich! 你好  \n\n\tdef f(x): return x**2  # 123456 don't"
+    assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+    assert len(ours.encode(text)) > 20
+    assert (theirs.convert_tokens_to_ids("<|eot|>"), theirs.eos_token_id, theirs.bos_token_id) == (200008, 200008, 200000)
+
+
 # --- config.json
+
+
+def test_the_released_scout_is_the_preset() -> None:
+    """The body of the released file, corrected RoPE scaling and all. Source: config.json of Llama-4-Scout-17B-16E-Instruct."""
+    text = {
+        "_attn_implementation_autoset": True,
+        "attention_bias": False,
+        "attention_chunk_size": 8192,
+        "attention_dropout": 0.0,
+        "attn_scale": 0.1,
+        "attn_temperature_tuning": True,
+        "bos_token_id": 200000,
+        "eos_token_id": [200001, 200007, 200008],
+        "floor_scale": 8192,
+        "for_llm_compressor": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "initializer_range": 0.02,
+        "interleave_moe_layer_step": 1,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "max_position_embeddings": 10485760,
+        "model_type": "llama4_text",
+        "no_rope_layers": [],
+        "num_attention_heads": 40,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "num_local_experts": 16,
+        "output_router_logits": False,
+        "pad_token_id": 200018,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 16.0,
+            "high_freq_factor": 1.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_qk_norm": True,
+        "vocab_size": 202048,
+    }
+    vision = {
+        "attention_dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_size": 1408,
+        "image_size": 336,
+        "initializer_range": 0.02,
+        "intermediate_size": 5632,
+        "model_type": "llama4_vision_model",
+        "multi_modal_projector_bias": False,
+        "norm_eps": 1e-05,
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "num_hidden_layers": 34,
+        "patch_size": 14,
+        "pixel_shuffle_ratio": 0.5,
+        "projector_dropout": 0.0,
+        "projector_input_dim": 4096,
+        "projector_output_dim": 4096,
+        "rope_theta": 10000,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "vision_output_dim": 4096,
+    }
+    outer = {"model_type": "llama4", "image_token_index": 200092, "boi_token_index": 200080, "eoi_token_index": 200081}
+    data = {**outer, "architectures": ["Llama4ForConditionalGeneration"], "text_config": text, "vision_config": vision}
+    assert hf.read_config(data, {}, {}, "config.json") == PRESETS["scout"]
+    other = {"max_position_embeddings": 1048576, "num_local_experts": 128, "interleave_moe_layer_step": 2}
+    maverick = {**text, **other, "rope_scaling": None, "use_qk_norm": False}
+    assert hf.read_config({**data, "text_config": maverick}, {}, {}, "config.json") == PRESETS["maverick"]
 
 
 def config_json(**changes: Any) -> dict[str, Any]:
@@ -138,7 +231,7 @@ def test_both_spellings_of_rope_are_read() -> None:
     plain = {"rope_theta": 1000.0, "rope_type": "default"}
     assert read(text__rope_theta=..., text__rope_scaling=..., text__rope_parameters=plain).rope_scaling is None
     assert read(text__rope_theta=..., text__rope_scaling=..., text__rope_parameters=plain).rope_theta == 1000.0
-    with pytest.raises(CheckpointError, match="RoPE scaling of type 'yarn' is not supported"):
+    with pytest.raises(CheckpointError, match=r"RoPE scaling of type 'yarn' is not supported"):
         read(text__rope_scaling={"rope_type": "yarn", "factor": 4.0})
 
 
@@ -155,11 +248,8 @@ def test_the_stop_ids_of_generation_config_rule() -> None:
     assert read(text__eos_token_id=7).stop_ids == (7,)
 
 
-@pytest.mark.parametrize("generation_tokens", [8192])
-def test_scouts_first_rope_scaling_is_mended_with_a_warning(
-    generation_tokens: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    wrong = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_tokens=generation_tokens)
+def test_scouts_first_rope_scaling_is_mended_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_tokens=8192)
     scout = replace(SCOUT, num_experts=16, rope_scaling=wrong)
     with caplog.at_level(logging.WARNING, logger="herd"):
         write(indexed(scout), tmp_path / "hf", "hf")
@@ -210,7 +300,7 @@ def test_what_is_not_supported_is_refused(changes: dict[str, Any], message: str)
 def test_a_model_that_config_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert SCOUT.vision is not None
     wide = replace(SCOUT, vision=replace(SCOUT.vision, hidden_width=64))
-    with pytest.raises(CheckpointError, match="the vision intermediate_size 64 is not hidden_size 32"):
+    with pytest.raises(CheckpointError, match=r"the vision intermediate_size 64 is not hidden_size 32"):
         write(indexed(wide), tmp_path / "hf", "hf")
     assert entries(tmp_path) == []
 

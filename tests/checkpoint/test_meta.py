@@ -19,7 +19,9 @@ from herd.checkpoint.convert import write
 from herd.checkpoint.load import open_source
 from herd.errors import CheckpointError
 from herd.model.config import ModelConfig
-from herd.model.presets import GUARD, MAVERICK as REAL_MAVERICK, SCOUT as REAL_SCOUT
+from herd.model.presets import GUARD
+from herd.model.presets import MAVERICK as REAL_MAVERICK
+from herd.model.presets import SCOUT as REAL_SCOUT
 from tests.checkpoint.made import DENSE, FAMILY, MAVERICK, SCOUT, assert_same, entries, indexed
 from tests.standins import installed
 
@@ -49,6 +51,13 @@ def test_bfloat16_and_float32_can_be_mixed(tmp_path: Path) -> None:
     mixed = replace(source, tensors=tensors)
     write(mixed, tmp_path / "meta", "meta")
     assert_same(mixed, open_source(tmp_path / "meta"))
+
+
+def test_pieces_may_be_small_and_cross_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("herd.checkpoint.source.PIECE_BYTES", 1500)
+    for num_shards in (2, 8):
+        write(indexed(SCOUT), tmp_path / f"meta{num_shards}", "meta", num_shards=num_shards)
+        assert_same(indexed(SCOUT), open_source(tmp_path / f"meta{num_shards}"))
 
 
 def test_torch_loads_every_shard_mapped_or_not(tmp_path: Path) -> None:
@@ -149,7 +158,7 @@ def test_what_params_cannot_compute_is_refused(tmp_path: Path) -> None:
 
 
 def test_shards_do_not_cut_heads(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="8 key/value heads do not divide into 16 shards"):
+    with pytest.raises(CheckpointError, match=r"8 key/value heads do not divide into 16 shards"):
         write(indexed(SCOUT), tmp_path / "meta", "meta", num_shards=16)
 
 
@@ -183,7 +192,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
             return os.mkdir, (str(witness),)
 
     folder = one_shard(tmp_path, {"norm.weight": Trap()})
-    with pytest.raises(CheckpointError, match="holds more than tensors; nothing in it was run. .*mkdir"):
+    with pytest.raises(CheckpointError, match=r"holds more than tensors; nothing in it was run. .*mkdir"):
         open_source(folder)
     assert not witness.exists()
 
@@ -222,7 +231,7 @@ def test_a_cut_shard_is_named(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write(indexed(DENSE), tmp_path / "meta", "meta", num_shards=4)
     (tmp_path / "meta" / "consolidated.02.pth").unlink()
-    with pytest.raises(CheckpointError, match="without a gap: consolidated.00.pth, consolidated.01.pth, consolidated.03.pth"):
+    with pytest.raises(CheckpointError, match=r"without a gap: consolidated.00.pth, consolidated.01.pth, consolidated.03.pth"):
         open_source(tmp_path / "meta")
 
 
@@ -235,8 +244,8 @@ def test_params_that_are_quantized_or_unknown(tmp_path: Path, caplog: pytest.Log
         open_source(tmp_path / "meta")
     assert "unknown keys are ignored: novel" in caplog.text
     path.write_text(json.dumps({**params, "quantization_args": {"group_size": 32}}))
-    with pytest.raises(CheckpointError, match="quantization_args is set, which is not supported"):
+    with pytest.raises(CheckpointError, match=r"quantization_args is set, which is not supported"):
         open_source(tmp_path / "meta")
     path.write_text(json.dumps({"dim": 64}))
-    with pytest.raises(CheckpointError, match="does not say 'n_heads'"):
+    with pytest.raises(CheckpointError, match=r"does not say 'n_heads'"):
         open_source(tmp_path / "meta")

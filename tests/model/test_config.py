@@ -43,7 +43,11 @@ def test_from_dict_reads_back_what_asdict_writes(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize(
     ("path", "nearest"),
-    [(("num_head",), "num_heads"), (("vision", "tile_pixel"), "tile_pixels"), (("rope_scaling", "low_frequency_factor"), "low_freq_factor")],
+    [
+        (("num_head",), "num_heads"),
+        (("vision", "tile_pixel"), "tile_pixels"),
+        (("rope_scaling", "low_frequency_factor"), "low_freq_factor"),
+    ],
 )
 def test_unknown_key_names_the_nearest(path: tuple[str, ...], nearest: str) -> None:
     values = asdict(SCOUT)

@@ -30,9 +30,7 @@ def test_maverick_scales_nothing() -> None:
 @pytest.mark.parametrize(("head_width", "theta"), [(128, 500000.0), (64, 10000.0)])
 def test_scaling_equals_transformers(scaling: tuple[float, float, float, int], head_width: int, theta: float) -> None:
     factor, low, high, original = scaling
-    ours = frequencies(
-        head_width, theta, RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_tokens=original)
-    )
+    ours = frequencies(head_width, theta, RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_tokens=original))
     config = Llama4TextConfig(
         head_dim=head_width,
         rope_parameters={
@@ -62,8 +60,10 @@ def test_blend_lies_between_and_touches_both_ends() -> None:
 
 
 def test_no_blend_band_divides_by_nothing() -> None:
-    for factor in (1.0, 2.0, 4.0):
-        assert frequencies(128, 500000.0, RopeScaling(low_freq_factor=factor, high_freq_factor=factor)).isfinite().all()
+    """Also not where a wavelength, here 2 pi, lies on the very border."""
+    border = 1 / torch.tensor(2 * torch.pi).item()
+    scaling = RopeScaling(factor=16.0, low_freq_factor=border, high_freq_factor=border, original_tokens=1)
+    assert frequencies(2, 500000.0, scaling).tolist() == [1 / 16]
 
 
 @pytest.mark.parametrize("position", [0, 1, 8191, 262_143, 9_999_999, 10_485_759])
@@ -108,7 +108,9 @@ def test_temperature_steps_where_integers_do() -> None:
     assert before < at == after
 
 
-@pytest.mark.parametrize("config", [VisionConfig(), VisionConfig(width=48, num_heads=3, tile_pixels=56, hidden_width=192)], ids=["real", "small"])
+@pytest.mark.parametrize(
+    "config", [VisionConfig(), VisionConfig(width=48, num_heads=3, tile_pixels=56, hidden_width=192)], ids=["real", "small"]
+)
 def test_vision_angles_equal_transformers(config: VisionConfig) -> None:
     theirs = Llama4VisionRotaryEmbedding(
         Llama4VisionConfig(

@@ -15,13 +15,13 @@ from tests.checkpoint.made import LLAMACPP, random_source
 from tests.model.small import random_prompt
 
 PATH = Path(__file__).with_name("llamacpp.json")
-NUM_PROMPT, NUM_NEW, NUM_TOP = 40, 24, 5
+NUM_PROMPT, NUM_NEW, NUM_TOP = 40, 12, 5
 
 
 def run(model: Path, prompt: list[int]) -> list[dict[str, list[float]]]:
     """The greedy continuation: for every step the ids of the highest logits, best first, and those logits."""
     f32 = 0  # ggml type of the key/value cache, which is float16 by default
-    llama = llama_cpp.Llama(str(model), n_ctx=128, n_threads=2, type_k=f32, type_v=f32, logits_all=True, verbose=False)
+    llama = llama_cpp.Llama(str(model), n_ctx=128, n_threads=1, n_threads_batch=1, type_k=f32, type_v=f32, logits_all=True, verbose=False)
     steps = []
     llama.eval(prompt)
     for _ in range(NUM_NEW):

@@ -1,0 +1,51 @@
+"""Serve models over OpenAI's API. Only this machine can reach it unless --host says otherwise."""
+
+from dataclasses import dataclass, field
+
+from tyro.conf import Positional
+
+from herd.engine.config import EngineConfig
+from herd.engine.local import Local, load
+from herd.errors import UsageError
+from herd.serve.config import ServeConfig
+
+GREETING = """
+herd serves {names} at {url}/v1
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "{first}",
+    "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="none")
+  reply = client.chat.completions.create(model="{first}", messages=[{{"role": "user", "content": "What is the capital of France?"}}])
+  print(reply.choices[0].message.content)
+
+Ctrl-C stops it.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Each model gets an engine of its own."""
+
+    models: Positional[tuple[str, ...]] = ("cria",)  # paths to checkpoints, or names
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+def run(options: Options) -> int:
+    try:
+        from herd.serve.app import bind, make_app
+        from herd.serve.app import run as run_server
+    except ModuleNotFoundError as error:
+        raise UsageError(f"the server needs {error.name}, which is not installed", "pip install 'herd-llm[serve]'") from error
+
+    listener = bind(options.serve)  # before the models: a taken port should cost a moment
+    backend = Local([load(name, config=options.engine) for name in options.models])
+    names = backend.models()
+
+    def ready(url: str) -> None:
+        print(GREETING.format(names=", ".join(names), first=names[0], url=url), flush=True)
+
+    run_server(make_app(backend, options.serve, is_healthy=backend.is_healthy), listener, options.serve, ready)
+    return 0
