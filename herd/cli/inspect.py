@@ -54,7 +54,9 @@ def report(name: str, config: ModelConfig, available: int, where: str) -> list[s
 
 def describe(config: ModelConfig) -> str:
     """One line on the architecture."""
-    local = f"{len(config.local_layers)} local (chunk {config.chunk_tokens:,})" if config.chunk_tokens else "all with RoPE and full attention"
+    local = (
+        f"{len(config.local_layers)} local (chunk {config.chunk_tokens:,})" if config.chunk_tokens else "all with RoPE and full attention"
+    )
     layers = f"{config.num_layers} layers: {local}"
     if config.chunk_tokens:
         layers += f", {len(config.global_layers)} global"

@@ -19,7 +19,8 @@ class Inputs:
     positions: Tensor  # [T] int64
     rows: Tensor  # [n] which of T give logits
     attend: Paged
-    features: Tensor | None  # [patch tokens among the T, D]
+    features: Tensor | None  # [n, D] of images
+    patches: Tensor  # [n] which of the T they replace
 
 
 def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
@@ -28,12 +29,19 @@ def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
     pieces = plan.pieces
     tokens = [token for p in pieces for token in p.sequence.tokens[p.start : p.stop]]
     positions = [position for p in pieces for position in range(p.start, p.stop)]
-    rows, total = [], 0
+    rows: list[int] = []
+    patches: list[int] = []
+    seen: list[Tensor] = []
+    total = 0
     for piece in pieces:
+        found = piece.sequence.patches_between(piece.start, piece.stop)
+        if found.start < found.stop:
+            assert piece.sequence.features is not None, "images are seen before their patches are computed"
+            seen.append(piece.sequence.features[found])
+            patches += [total + position - piece.start for position in piece.sequence.patches[found]]
         total += piece.stop - piece.start
         if piece.is_due:
             rows.append(total - 1)
-    seen = [p.sequence.features[p.sequence.patches_between(p.start, p.stop)] for p in pieces if p.sequence.features is not None]
     return Inputs(
         tokens=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
@@ -46,6 +54,7 @@ def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
             full=reach(pieces, pages, None, is_local=False) if model.global_layers else None,
         ),
         features=torch.cat(seen) if seen else None,
+        patches=torch.tensor(patches, dtype=torch.int64, device=device),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from herd.chat import ChatEvent, ChatRequest, Done, Image, Message, Role, Sampling, Text
+from herd.chat import ChatEvent, ChatRequest, Done, Image, Message, Role, Sampling
 from herd.checkpoint.load import load_model
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine

@@ -28,5 +28,7 @@ class Runner:
     @torch.inference_mode()
     def __call__(self, inputs: Inputs) -> Tensor:
         """Logits of the wanted rows: [n, V] float32."""
-        logits: Tensor = self.model(inputs.tokens, inputs.positions, inputs.attend, inputs.features, inputs.rows)
+        logits: Tensor = self.model(
+            inputs.tokens, inputs.positions, inputs.attend, inputs.features, patches=inputs.patches, rows=inputs.rows
+        )
         return logits

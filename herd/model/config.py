@@ -43,7 +43,7 @@ class VisionConfig:
             )
         if self.tile_pixels % (self.patch_pixels * self.shuffle):
             raise CheckpointError(
-                f"vision tiles of {self.tile_pixels} pixels do not divide into patches of {self.patch_pixels}, {self.shuffle} by {self.shuffle}"
+                f"vision tiles of {self.tile_pixels} pixels do not divide into squares of {self.shuffle} patches of {self.patch_pixels}"
             )
 
     @property

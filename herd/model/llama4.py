@@ -56,17 +56,26 @@ class Llama4(nn.Module):
         return features
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, attend: Attend, features: Tensor | None = None, rows: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        features: Tensor | None = None,
+        *,
+        patches: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Next-token logits.
 
         tokens: [T] int64.  positions: [T] int64, 0-based in each sequence.
         features: [number of patch tokens, D] in order, from `see`.
+        patches: which of the T they replace; every `<|patch|>` if None, but one that a model wrote itself stands for no image.
         rows: [n] the tokens whose logits are wanted, all if None.  Returns [n or T, V] float32.
         """
         x = self.embed(tokens)  # [T, D]
         if features is not None:
-            patches = (tokens == self.config.patch_id).nonzero().squeeze(-1)
+            if patches is None:
+                patches = (tokens == self.config.patch_id).nonzero().squeeze(-1)
             x = x.index_copy(0, patches, features.type_as(x))
         places = Places.of(self.config, positions)
         for block in self.layers:

@@ -72,4 +72,5 @@ class MoE(nn.Module):
         token = order // k
         rows = x[token] * scores.flatten()[order][:, None]  # [R, D]
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device).index_add(0, chosen.flatten(), torch.ones_like(order))
-        return self.shared(x).index_add(0, token, self.experts(rows, counts))
+        y: Tensor = self.shared(x)
+        return y.index_add(0, token, self.experts(rows, counts))

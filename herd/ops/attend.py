@@ -46,8 +46,11 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = None
     if 1 < n < m:  # torch aligns `is_causal` to the first key; ours ends at the last
         mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, K]
     out = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),  # [1, heads, tokens, K]
+        q,
+        k,
+        v,
         attn_mask=mask,
         is_causal=n == m and n > 1,
         enable_gqa=H != G,
@@ -69,7 +72,7 @@ class Packed:
         runs = self.chunks if is_local else self.documents
         if len(runs) == 1:
             return causal(q, k, v)
-        return torch.cat([causal(*qkv) for qkv in zip(q.split(runs), k.split(runs), v.split(runs), strict=True)])
+        return torch.cat([causal(*qkv) for qkv in zip(torch.split(q, runs), torch.split(k, runs), torch.split(v, runs), strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,6 @@ class Paged:
         values[reach.write] = v.to(values.dtype)
         outs = [
             causal(part, keys[slots].to(q.dtype), values[slots].to(q.dtype))
-            for part, slots in zip(q.split(self.counts), reach.read, strict=True)
+            for part, slots in zip(torch.split(q, self.counts), reach.read, strict=True)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 def grouped_linear_plain(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """The definition: x [R, D] sorted by expert, weight [E, F, D], counts [E] rows of each expert -> [R, F]."""
-    parts = x.split(counts.tolist())
+    parts = torch.split(x, counts.tolist())
     return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
 
 

@@ -10,9 +10,12 @@ from herd.text.prompt import Prompt
 
 @torch.inference_mode()
 def packed_logits(model: Llama4, tokens: list[int], features: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, V] of one sequence."""
+    """[T, V] of one sequence. The first patch tokens are the images'; later ones the model may have written itself."""
     attend = Packed([len(tokens)], model.config.chunk_tokens)
-    return model(torch.tensor(tokens), torch.arange(len(tokens)), attend, features)
+    patches = None
+    if features is not None:
+        patches = torch.tensor([i for i, token in enumerate(tokens) if token == model.config.patch_id][: len(features)])
+    return model(torch.tensor(tokens), torch.arange(len(tokens)), attend, features, patches=patches)
 
 
 @torch.inference_mode()

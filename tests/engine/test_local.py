@@ -39,7 +39,12 @@ def test_generate_is_the_greedy_reply(tiny: Model) -> None:
 
 
 def test_chat_takes_strings_messages_and_dicts(tiny: Model) -> None:
-    asked = ("hi", [Message(role="user", content=("hi",))], [{"role": "user", "content": "hi"}], [{"role": "user", "content": [{"type": "text", "text": "hi"}]}])
+    asked = (
+        "hi",
+        [Message(role="user", content=("hi",))],
+        [{"role": "user", "content": "hi"}],
+        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+    )
     replies = {tiny.chat(messages, temperature=0, max_tokens=12).tokens for messages in asked}
     assert len(replies) == 1
 

@@ -91,11 +91,14 @@ def test_a_dense_model_may_say_anything_of_experts() -> None:
     assert replace(TINY, num_experts=0, experts_per_token=1).num_experts == 0
 
 
-def test_impossible_tiles_are_a_bug() -> None:
-    with pytest.raises(AssertionError, match="multiple of 4"):
-        VisionConfig(width=90)
-    with pytest.raises(AssertionError, match="divide"):
-        VisionConfig(tile_pixels=350)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"width": 90}, "width 90 with 16 heads"), ({"tile_pixels": 350}, "tiles of 350 pixels"), ({"shuffle": 5}, "5 by 5")],
+    ids=str,
+)
+def test_impossible_eyes_are_refused(change: dict[str, int], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        VisionConfig(**change)
 
 
 def test_a_config_cannot_be_changed() -> None:
