@@ -1,10 +1,12 @@
 """Talk to a model in the terminal. @file in a message attaches an image; /clear forgets, /quit or Ctrl-D ends, Ctrl-C stops a reply."""
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from herd.chat import Image, Message, Sampling
 from herd.engine.config import EngineConfig
@@ -13,12 +15,14 @@ from herd.errors import HerdError
 from herd.log import log
 from herd.text.images import read_image
 
+IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """With stdin not a terminal, all of it is one message."""
 
-    model: Positional[str] = "cria"  # a path to a checkpoint or a name
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = "cria"  # a path to a checkpoint or a name
     system: str = ""  # what the model is told first
     sampling: Sampling = field(default_factory=Sampling)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -57,12 +61,12 @@ def run(options: Options) -> int:
 def parse(line: str) -> Message:
     """A user message; each word @path that is a file becomes the image in it, in its place."""
     content: list[str | Image] = [""]
-    for i, word in enumerate(line.split(" ")):
-        space = " " if i else ""
-        if word.startswith("@") and Path(word[1:]).is_file():
-            content += [read_image(Path(word[1:])), ""]
+    for word in re.split(r"(\s+)", line.strip()):
+        path = Path(word[1:]).expanduser()
+        if word.startswith("@") and (path.is_file() or path.suffix.lower() in IMAGE_ENDINGS):  # else it is a name, as in mail
+            content += [read_image(path), ""]
         else:
-            content[-1] = f"{content[-1]}{space}{word}"
+            content[-1] = f"{content[-1]}{word}"
     return Message(role="user", content=tuple(part for part in content if part))
 
 

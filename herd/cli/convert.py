@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 from herd.checkpoint.convert import convert
 
@@ -11,8 +13,8 @@ from herd.checkpoint.convert import convert
 class Options:
     """SRC is a path or a model name; DST must not exist yet."""
 
-    src: str  # a folder (herd, Hugging Face, Meta), a .gguf file, or a name
-    dst: Path  # folder to make, or file for gguf
+    src: Annotated[Positional[str], arg(metavar="SRC")]  # a folder (herd, Hugging Face, Meta), a .gguf file, or a name
+    dst: Annotated[Positional[Path], arg(metavar="DST")]  # folder to make, or file for gguf
     to: Literal["herd", "hf", "meta", "gguf"]  # the kind to write
 
 

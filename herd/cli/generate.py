@@ -2,8 +2,9 @@
 
 import sys
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from herd.chat import Sampling
 from herd.engine.config import EngineConfig
@@ -15,7 +16,7 @@ from herd.errors import UsageError
 class Options:
     """The text alone goes to stdout."""
 
-    words: Positional[tuple[str, ...]]  # [MODEL] PROMPT, where PROMPT may be - for stdin
+    words: Annotated[Positional[tuple[str, ...]], arg(metavar="[MODEL] PROMPT")] = ()  # PROMPT may be - for stdin
     sampling: Sampling = field(default_factory=Sampling)
     engine: EngineConfig = field(default_factory=EngineConfig)
 

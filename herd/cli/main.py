@@ -60,7 +60,7 @@ def _run(args: list[str]) -> int:
         args=args[1:],
         prog=f"herd {verb}",
         description=module.__doc__,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff, tyro.conf.PositionalRequiredArgs),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
     code: int = module.run(options)
     return code

@@ -1,8 +1,9 @@
 """Fetch the default model and convert it, once; later calls find it there."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from herd.checkpoint.store import resolve
 
@@ -11,7 +12,7 @@ from herd.checkpoint.store import resolve
 class Options:
     """Where the models live is $HERD_HOME, by default herd in the user's cache folder."""
 
-    model: Positional[str] = "cria"  # the name of a model that can be fetched
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = "cria"  # the name of a model that can be fetched
 
 
 def run(options: Options) -> int:

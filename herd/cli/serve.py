@@ -1,8 +1,9 @@
 """Serve models over OpenAI's API. Only this machine can reach it unless --host says otherwise."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from herd.engine.config import EngineConfig
 from herd.engine.local import Local, load
@@ -28,7 +29,7 @@ Ctrl-C stops it.
 class Options:
     """Each model gets an engine of its own."""
 
-    models: Positional[tuple[str, ...]] = ("cria",)  # paths to checkpoints, or names
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL")] = ("cria",)  # paths to checkpoints, or names
     serve: ServeConfig = field(default_factory=ServeConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 

@@ -10,7 +10,19 @@ import torch
 from herd.model.presets import CRIA
 from tests.checkpoint.made import random_source
 
-DONOR = replace(CRIA, width=64, num_layers=2, num_heads=2, num_kv_heads=1, head_width=32, vocab_size=96, hidden_width=128, dense_width=128)
+DONOR = replace(
+    CRIA,
+    width=64,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_width=32,
+    vocab_size=96,
+    hidden_width=128,
+    dense_width=128,
+    advised_temperature=0.6,  # a GGUF has no place for these two
+    advised_top_p=0.9,
+)
 
 
 def llama_file(path: Path, kind: gguf.GGMLQuantizationType, **changes: Any) -> dict[str, torch.Tensor]:

@@ -93,7 +93,7 @@ def test_a_dense_model_may_say_anything_of_experts() -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"width": 90}, "width 90 with 16 heads"), ({"tile_pixels": 350}, "tiles of 350 pixels"), ({"shuffle": 5}, "5 by 5")],
+    [({"width": 90}, "width 90 with 16 heads"), ({"tile_pixels": 350}, "tiles of 350 pixels"), ({"shuffle": 5}, "squares of 5")],
     ids=str,
 )
 def test_impossible_eyes_are_refused(change: dict[str, int], said: str) -> None:
