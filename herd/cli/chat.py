@@ -22,7 +22,7 @@ IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tif
 class Options:
     """With stdin not a terminal, all of it is one message."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")] = "cria"  # a path to a checkpoint or a name
+    model: Annotated[Positional[str], arg(metavar="[MODEL]")] = "cria"  # a path to a checkpoint or a name
     system: str = ""  # what the model is told first
     sampling: Sampling = field(default_factory=Sampling)
     engine: EngineConfig = field(default_factory=EngineConfig)

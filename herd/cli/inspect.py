@@ -20,7 +20,7 @@ CONTEXTS = {"8K": 8192, "128K": 131_072, "1M": 1_048_576, "10M": 10_485_760}
 class Options:
     """Memory is for one sequence; KV is the keys and values of its tokens."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")] = "cria"  # a path to a checkpoint or a name
+    model: Annotated[Positional[str], arg(metavar="[MODEL]")] = "cria"  # a path to a checkpoint or a name
 
 
 def run(options: Options) -> int:

@@ -12,7 +12,7 @@ from herd.checkpoint.store import resolve
 class Options:
     """Where the models live is $HERD_HOME, by default herd in the user's cache folder."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")] = "cria"  # the name of a model that can be fetched
+    model: Annotated[Positional[str], arg(metavar="[MODEL]")] = "cria"  # the name of a model that can be fetched
 
 
 def run(options: Options) -> int:

@@ -29,7 +29,7 @@ Ctrl-C stops it.
 class Options:
     """Each model gets an engine of its own."""
 
-    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL")] = ("cria",)  # paths to checkpoints, or names
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="[MODEL ...]")] = ("cria",)  # paths to checkpoints, or names
     serve: ServeConfig = field(default_factory=ServeConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
