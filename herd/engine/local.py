@@ -18,7 +18,7 @@ from herd.checkpoint.load import load_model
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
 from herd.engine.sequence import Sequence
-from herd.errors import HerdError, ModelNotFound, PromptError, UsageError, nearest
+from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError, nearest
 from herd.log import log
 from herd.model.config import ModelConfig
 from herd.model.llama4 import Llama4
@@ -135,6 +135,7 @@ class Model:
     def __init__(self, name: str, model: Llama4, tokenizer: Tokenizer, config: EngineConfig) -> None:
         self.name, self.llama4, self.tokenizer = name, model, tokenizer
         self.thread = EngineThread(Engine(model, tokenizer, config), name)
+        self._longest_token = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))  # bytes
 
     @property
     def config(self) -> ModelConfig:
@@ -178,6 +179,7 @@ class Model:
         fields: those of `herd.chat.Sampling`, in place of a whole one: `generate("...", temperature=0, max_tokens=32)`.
         """
         if isinstance(prompt, str):
+            self._check_length(len(prompt), "prompt")
             start = [] if self.config.bos_id is None else [self.config.bos_id]
             prompt = start + self.tokenizer.encode(prompt)
         tokens = [int(token) for token in prompt]
@@ -194,7 +196,19 @@ class Model:
 
     def prompt(self, messages: ListLike[Message]) -> Prompt:
         """Render a conversation for this model, the header of the reply at its end."""
+        self._check_length(sum(len(message.text) for message in messages), "messages")
         return render(messages, self.tokenizer, chat_format=self.config.chat_format, tiling=self.tiling)
+
+    def _check_length(self, num_chars: int, what: str) -> None:
+        """Refuse what cannot fit however it is tokenized, before the minutes that tokenizing it might take."""
+        room = self.thread.engine.context_tokens
+        least = -(-num_chars // self._longest_token)  # tokens; a character is at least a byte
+        if least > room:
+            raise ContextError(
+                f"{num_chars:,} characters of {what} make at least {least:,} tokens; this engine holds {room:,}, reply included",
+                "shorten it, or raise --context-tokens where the model allows",
+                param=what,
+            )
 
     def _tiles(self, image: Any) -> Tiles:
         if isinstance(image, Tiles):

@@ -5,9 +5,22 @@ in herd counts layers. Source of the numbers: the released config.json and param
 """
 
 from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Any
 
 from herd.errors import CheckpointError, nearest
+
+_ALLOWED: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,), int | None: (int, NoneType)}
+
+
+def _check_types(config: Any) -> None:
+    """Numbers where numbers belong: what a JSON file holds is not to be trusted. Raises `CheckpointError`."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        allowed = _ALLOWED.get(f.type)
+        if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)):
+            wanted = getattr(f.type, "__name__", str(f.type))
+            raise CheckpointError(f"model config has {f.name} = {value!r}; it must be of type {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +31,9 @@ class RopeScaling:
     low_freq_factor: float = 1.0  # wavelengths over original_tokens / low are stretched whole
     high_freq_factor: float = 1.0  # wavelengths under original_tokens / high are left alone
     original_tokens: int = 8192  # context the frequencies were first made for
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +53,7 @@ class VisionConfig:
     max_tiles: int = 16  # tiles of one image, the global one not counted
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.width % (self.num_heads * 4):
             raise CheckpointError(
                 f"vision width {self.width} with {self.num_heads} heads: 2D RoPE needs a head width that is a whole multiple of 4"
@@ -93,6 +110,7 @@ class ModelConfig:
     vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("width", "num_layers", "num_heads", "num_kv_heads", "head_width", "vocab_size", "moe_step"):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"model config has {name} = {getattr(self, name)}; it must be at least 1")

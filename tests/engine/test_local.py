@@ -10,7 +10,7 @@ import torch
 import herd
 from herd.chat import ChatRequest, Done, Message, Sampling, Text
 from herd.engine.local import Local, Model
-from herd.errors import HerdError, ModelNotFound, PromptError, UsageError
+from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError
 from herd.text.prompt import Prompt
 
 from .greedy import greedy_reply, packed_logits
@@ -153,3 +153,10 @@ def test_what_does_not_exist_is_named(tiny: Model) -> None:
 
     with pytest.raises(ModelNotFound, match="tniy"):
         asyncio.run(run())
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(tiny: Model) -> None:
+    with pytest.raises(ContextError, match=r"50,000,000 characters of messages make at least 50,000,000 tokens; this engine holds 1,024"):
+        tiny.chat("x" * 50_000_000)
+    with pytest.raises(ContextError, match=r"50,000,000 characters of prompt"):
+        tiny.generate("x" * 50_000_000)

@@ -104,3 +104,11 @@ def test_impossible_eyes_are_refused(change: dict[str, int], said: str) -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         TINY.width = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("width", "64"), ("width", 64.0), ("tied", 1), ("num_layers", True), ("chunk_tokens", "16"), ("norm_eps", None)]
+)
+def test_a_value_of_the_wrong_type_is_named(field: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=f"{field} = "):
+        replace(TINY, **{field: value})  # type: ignore[arg-type]
