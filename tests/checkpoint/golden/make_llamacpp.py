@@ -6,9 +6,8 @@ python -m tests.checkpoint.golden.make_llamacpp
 
 import json
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
-
-import llama_cpp
 
 from herd.checkpoint.convert import write
 from tests.checkpoint.made import LLAMACPP, random_source
@@ -20,6 +19,8 @@ NUM_PROMPT, NUM_NEW, NUM_TOP = 40, 12, 5
 
 def run(model: Path, prompt: list[int]) -> list[dict[str, list[float]]]:
     """The greedy continuation: for every step the ids of the highest logits, best first, and those logits."""
+    import llama_cpp  # heavy to install: only who makes or checks the golden needs it
+
     f32 = 0  # ggml type of the key/value cache, which is float16 by default
     llama = llama_cpp.Llama(str(model), n_ctx=128, n_threads=1, n_threads_batch=1, type_k=f32, type_v=f32, logits_all=True, verbose=False)
     steps = []
@@ -39,7 +40,7 @@ def main() -> None:
         path = Path(folder, "model.gguf")
         write(random_source(LLAMACPP), path, "gguf")
         steps = run(path, prompt)
-    PATH.write_text(json.dumps({"llama_cpp_python": llama_cpp.__version__, "prompt": prompt, "steps": steps}) + "\n")
+    PATH.write_text(json.dumps({"llama_cpp_python": version("llama-cpp-python"), "prompt": prompt, "steps": steps}) + "\n")
 
 
 if __name__ == "__main__":
