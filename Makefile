@@ -32,10 +32,12 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("herd needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/serve.stamp: pyproject.toml constraints.txt | $(BIN)/python
+NATIVE := $(wildcard herd/ops/native/*.cpp herd/ops/native/*.h herd/ops/native/*.inl)
+
+$(VENV)/serve.stamp: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[serve]'
 	@touch $@
 
-$(VENV)/test.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/test.stamp: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/serve.stamp

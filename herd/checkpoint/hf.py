@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from herd.checkpoint import safefile
+from herd.checkpoint import compressed, safefile
 from herd.checkpoint.names import FileTensor, check_tensors, file_tensors
-from herd.checkpoint.source import TOKENIZER_FILES, Region, Source, Stored, chat_format, check_expressible, mend_rope
+from herd.checkpoint.source import TOKENIZER_FILES, Source, Stored, chat_format, check_expressible, mend_rope
 from herd.checkpoint.vocabulary import tokenizer_in, tokenizer_json
 from herd.errors import CheckpointError
 from herd.log import log
@@ -67,7 +67,7 @@ _HARMLESS = {
     *("vision_feature_select_strategy", "return_dict", "output_hidden_states", "output_attentions", "id2label", "label2id"),
 }
 # Keys that must have this value (or be absent): herd computes nothing else.
-_ONLY_TEXT = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "quantization_config": None}
+_ONLY_TEXT = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 _ONLY_VISION = {
     "hidden_act": "gelu",
     "num_channels": 3,
@@ -75,7 +75,15 @@ _ONLY_VISION = {
     "projector_dropout": 0.0,
     "attention_dropout": 0.0,
 }
-_READ_TEXT = {"eos_token_id", "tie_word_embeddings", "moe_layers", "no_rope_layers", "no_rope_layer_interval", "layer_types"}
+_READ_TEXT = {
+    "eos_token_id",
+    "tie_word_embeddings",
+    "moe_layers",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+    "layer_types",
+    "quantization_config",
+}
 _READ_ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
 _READ_VISION = {"pixel_shuffle_ratio", "vision_output_dim", "projector_input_dim"}
 
@@ -88,15 +96,27 @@ def read(folder: Path) -> Source:
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     generation = _read_json(folder / _GENERATION) if (folder / _GENERATION).is_file() else {}
     where = str(folder / CONFIG)
-    config = mend_rope(read_config(_read_json(folder / CONFIG), generation, files, where), where)
+    data = _read_json(folder / CONFIG)
+    config = mend_rope(read_config(data, generation, files, where), where)
+    quantization = data.get("quantization_config") or data.get("text_config", {}).get("quantization_config")
     regions = {_plain_name(name): region for name, region in safefile.read_folder(folder).items()}
-    wanted = file_tensors(config, "hf")
+    found = {name: region.stored() for name, region in regions.items()}
+    if quantization:
+        found = compressed.matrices(regions, compressed.read_config(quantization, where))
     if config.tied:  # some writers save the head although it is the embedding
-        regions.pop("language_model.lm_head.weight", None)
-    check_tensors({name: region.shape for name, region in regions.items()}, {name: t.shape for name, t in wanted.items()}, str(folder))
+        found.pop("language_model.lm_head.weight", None)
+    wanted = file_tensors(config, "hf")
+    shapes = {name: stored.shape for name, stored in found.items()}
     tensors: dict[str, Stored] = {}
-    for name, t in wanted.items():
-        tensors.update(_split(regions[name], t))
+    if any(".experts.0." in name for name in found):  # quantizers give each expert its own matrices
+        places = compressed.split(wanted)
+        check_tensors(shapes, {name: place.shape for name, place in places.items()}, str(folder))
+        tensors = compressed.gather(found, places)
+    else:
+        check_tensors(shapes, {name: t.shape for name, t in wanted.items()}, str(folder))
+        for name, t in wanted.items():
+            tensors.update(_split(found[name], t))
+    tensors = {name: tensors[name] for t in wanted.values() for name in t.herd}
     return Source(config=config, tensors=tensors, files=files, kind="hf")
 
 
@@ -116,18 +136,18 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _split(region: Region, t: FileTensor) -> dict[str, Stored]:
+def _split(stored: Stored, t: FileTensor) -> dict[str, Stored]:
     """A file's tensor as the herd tensors in it."""
     if not t.turned:
-        return {t.herd[0]: region.stored()}
+        return {t.herd[0]: stored}
     E, D, out = t.shape  # only experts are turned: [E, in, out], and gate and up share one
     width = out // len(t.herd)
 
     def part(i: int) -> Stored:
         def rows(start: int, stop: int) -> Tensor:
-            return region.rows(start, stop)[..., i * width : (i + 1) * width].transpose(1, 2).contiguous()
+            return stored.rows(start, stop)[..., i * width : (i + 1) * width].transpose(1, 2).contiguous()
 
-        return Stored((E, width, D), region.dtype, rows)
+        return Stored((E, width, D), stored.dtype, rows)
 
     return {herd: part(i) for i, herd in enumerate(t.herd)}
 
@@ -142,7 +162,6 @@ def read_config(data: Mapping[str, Any], generation: Mapping[str, Any], files: M
     is_text_only = kind == "llama4_text" or data.get("architectures") == ["Llama4ForCausalLM"]
     vision = None if is_text_only else data.get("vision_config")
     outer = data if kind == "llama4" else {}
-    _refuse_others(outer, {"quantization_config": None}, where)
     _refuse_others(text, _ONLY_TEXT, where)
     _refuse_others(vision or {}, _ONLY_VISION, where)
     _warn_unknown(outer, text, vision or {}, where)
@@ -152,7 +171,9 @@ def read_config(data: Mapping[str, Any], generation: Mapping[str, Any], files: M
     facts["rope_theta"], facts["rope_scaling"] = _rope(text, where)
     facts["tied"] = bool(text.get("tie_word_embeddings", data.get("tie_word_embeddings", False)))
     facts["stop_ids"] = _ids(generation.get("eos_token_id", text.get("eos_token_id", 2)))
-    facts |= {herd: float(generation[theirs]) for herd, theirs in _ADVISED.items() if theirs in generation}
+    facts |= {herd: float(generation[theirs]) for herd, theirs in _ADVISED.items() if generation.get(theirs) is not None}
+    if generation.get("do_sample") is False and "temperature" not in generation:
+        facts |= {"advised_temperature": 0.0, "advised_top_p": 1.0}
     if facts["pad_id"] is None:
         facts["pad_id"] = facts["stop_ids"][0] if facts["stop_ids"] else 0
     facts["patch_id"] = data.get("image_token_index", ModelConfig.__dataclass_fields__["patch_id"].default)
@@ -286,20 +307,26 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write(source: Source, folder: Path, advance: Callable[[float], None], *, shard_bytes: int = safefile.SHARD_BYTES) -> None:
-    """Write a source into an empty folder as transformers reads it. Raises `CheckpointError` for a model it cannot express."""
+    """Write a source into an empty folder as transformers reads it; int4 as compressed-tensors does, for the servers that read that.
+
+    Raises `CheckpointError` for a model that the format cannot express.
+    """
     config = source.config
     data, generation = write_config(config, source.dtype)
     files = {**_tokenizer_files(source), **source.files}
     check_expressible(config, read_config(data, generation, files, "config.json"), "config.json")
+    prefix = "" if config.vision else "language_model."
+    wanted = {name.removeprefix(prefix): t for name, t in file_tensors(config, "hf").items()}
+    if any(compressed.is_writable(stored) for stored in source.tensors.values()):
+        tensors, data["quantization_config"] = compressed.lay_out(source.tensors, compressed.split(wanted))
+    else:
+        tensors = {name: _join([source.tensors[herd] for herd in t.herd], t) for name, t in wanted.items()}
+    if plain := sorted({str(stored.kind) for stored in source.tensors.values() if stored.kind and not compressed.is_writable(stored)}):
+        log.warning("compressed-tensors has int4 without minimums only: matrices in %s are written as float32", ", ".join(plain))
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
     (folder / _GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    prefix = "language_model."
-    tensors = {
-        name if config.vision else name.removeprefix(prefix): _join([source.tensors[herd] for herd in t.herd], t)
-        for name, t in file_tensors(config, "hf").items()
-    }
     safefile.write_folder(folder, tensors, advance, shard_bytes=shard_bytes)
 
 
@@ -359,8 +386,10 @@ def write_config(config: ModelConfig, dtype: torch.dtype) -> tuple[dict[str, Any
             "high_freq_factor": config.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": config.rope_scaling.original_tokens,
         }
-    generation = {"bos_token_id": config.bos_id, "eos_token_id": list(config.stop_ids), "pad_token_id": config.pad_id, "do_sample": True}
-    generation |= {theirs: getattr(config, herd) for herd, theirs in _ADVISED.items()}
+    generation = {"bos_token_id": config.bos_id, "eos_token_id": list(config.stop_ids), "pad_token_id": config.pad_id}
+    generation["do_sample"] = config.advised_temperature > 0  # transformers refuses a temperature of 0
+    if generation["do_sample"]:
+        generation |= {theirs: getattr(config, herd) for herd, theirs in _ADVISED.items()}
     if config.vision is None:
         return {"architectures": ["Llama4ForCausalLM"], **text}, generation
     data = {

@@ -7,13 +7,16 @@ import torch
 
 from herd.checkpoint import gguf, hf, meta, safefile, save
 from herd.checkpoint.names import check_tensors, herd_shapes
-from herd.checkpoint.source import TOKENIZER_FILES, Source, Stored, of_model
+from herd.checkpoint.source import TOKENIZER_FILES, Region, Source, Stored, of_blocks, of_model
 from herd.checkpoint.store import resolve
-from herd.errors import CheckpointError, ModelNotFound
+from herd.errors import CheckpointError, HerdError, ModelNotFound
 from herd.model.config import ModelConfig, from_dict
 from herd.model.init import init_weights
 from herd.model.llama4 import Llama4, build
 from herd.model.presets import TINY
+from herd.model.swap import hold_blocks
+from herd.ops.int4 import KINDS
+from herd.ops.native import kernels
 from herd.text.tokenizer import byte_tokenizer
 
 _ACCEPTED = (
@@ -26,23 +29,39 @@ def load_model(model: str | Path, *, dtype: torch.dtype | None = None, device: s
     """A model with its weights, and the source they came from (its config and tokenizer files).
 
     model: a path or a short name ("cria", "tiny").  dtype: of the weights; by default float32 on a CPU, whose bfloat16 arithmetic is
-    hundreds of times slower, and the checkpoint's own elsewhere. Weights that need no change are mapped, not copied.
+    hundreds of times slower, and the checkpoint's own elsewhere. Weights that need no change are mapped, not copied. Blocks of 4 and 8
+    bits stay blocks on a CPU with the native kernels, unless a dtype is asked for; else they are dequantized.
     """
     source = open_model(model)
+    is_cpu = torch.device(device).type == "cpu"
+    holds_blocks = dtype is None and is_cpu and kernels() is not None
     if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else source.dtype
-    return fill(source, dtype, device), source
+        dtype = torch.float32 if is_cpu else source.dtype
+    return fill(source, dtype, device, holds_blocks=holds_blocks), source
 
 
-def fill(source: Source, dtype: torch.dtype, device: str = "cpu") -> Llama4:
-    """A model with the weights of a source, every parameter set exactly once."""
+def fill(source: Source, dtype: torch.dtype, device: str = "cpu", *, holds_blocks: bool = False) -> Llama4:
+    """A model with the weights of a source, every parameter set exactly once. holds_blocks: matrices that are blocks stay so."""
     model = build(source.config, dtype=dtype)
-    tensors = {name: _materialize(stored, dtype, device) for name, stored in source.tensors.items()}
+    blocks = _blocks(source) if holds_blocks else {}
+    hold_blocks(model, blocks)
+    tensors = {name: blocks[name] if name in blocks else _materialize(stored, dtype, device) for name, stored in source.tensors.items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model
 
 
+def _blocks(source: Source) -> dict[str, torch.Tensor]:
+    """The blocks of every matrix that has some; of a group of experts all three or none."""
+    found = {name: stored.blocks for name, stored in source.tensors.items() if stored.blocks is not None}
+    for name in [name for name in found if ".experts." in name]:
+        group = name.rpartition(".")[0]
+        if not all(f"{group}.{part}" in found for part in ("gate", "up", "down")):
+            del found[name]
+    return {name: blocks.view() if blocks.view is not None else blocks.read() for name, blocks in found.items()}
+
+
 def _materialize(stored: Stored, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A weight as plain numbers."""
     if stored.view is not None and stored.dtype == dtype:
         return stored.view().to(device)
     out = torch.empty(stored.shape, dtype=dtype, device=device)
@@ -60,6 +79,17 @@ def open_model(model: str | Path) -> Source:
 
 def open_source(path: Path) -> Source:
     """Open a checkpoint of any format. Raises `ModelNotFound` when nothing is there, `CheckpointError` when it is not one."""
+    try:
+        return _open(path)
+    except HerdError:
+        raise
+    except Exception as error:  # readers say what is wrong where they can; a broken file may make them stumble over anything
+        raise CheckpointError(
+            f"{path} is broken, or no checkpoint after all: {type(error).__name__}: {error!s:.200}", "fetch it again, or make it anew"
+        ) from error
+
+
+def _open(path: Path) -> Source:
     if not path.exists():
         raise ModelNotFound(f"{path} does not exist", _ACCEPTED)
     if path.is_file():
@@ -89,7 +119,7 @@ def read(folder: Path) -> Source:
         facts = json.loads(path.read_text())
         if facts["format"] != "herd":
             raise ValueError(f"format {facts['format']!r}")
-        version, values = facts["version"], dict(facts["config"])
+        version, values, kinds = facts["version"], dict(facts["config"]), list(facts.get("quantization", []))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a herd config: {error!r}") from error
     if version != save.VERSION:
@@ -98,8 +128,23 @@ def read(folder: Path) -> Source:
         config: ModelConfig = from_dict(ModelConfig, values)
     except TypeError as error:  # a fact is missing
         raise CheckpointError(f"{path} is not whole: {error}") from error
-    regions, shapes = safefile.read_folder(folder), herd_shapes(config)
-    check_tensors({name: region.shape for name, region in regions.items()}, shapes, str(folder))
-    tensors = {name: regions[name].stored() for name in shapes}
+    shapes = herd_shapes(config)
+    tensors = {name: _stored(name, region, kinds, path) for name, region in safefile.read_folder(folder).items()}
+    check_tensors({name: stored.shape for name, stored in tensors.items()}, shapes, str(folder))
+    tensors = {name: tensors[name] for name in shapes}
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     return Source(config=config, tensors=tensors, files=files, kind="herd")
+
+
+def _stored(name: str, region: Region, kinds: list[str], path: Path) -> Stored:
+    """A tensor of herd's format. The last dim of a uint8 tensor tells the kind of its blocks, which must be one that herd.json lists."""
+    if region.dtype != torch.uint8:
+        return region.stored()
+    kind = KINDS.get(region.shape[-1]) if len(region.shape) in (3, 4) else None
+    if kind is None or str(kind) not in kinds:
+        what = f"blocks of {kind}" if kind else "no blocks that herd knows"
+        raise CheckpointError(
+            f"{name} is uint8 {list(region.shape)}, {what}; {path} lists {', '.join(map(str, kinds)) or 'none'}",
+            "the config does not fit the weights, or a newer herd wrote them",
+        )
+    return of_blocks(region.stored())

@@ -1,7 +1,8 @@
 """herd's own format, written; and the way every format is written: beside its place, then renamed, or not at all.
 
 A folder: `herd.json` (the facts of the model, as `ModelConfig` spells them), `model*.safetensors` under herd's names and in herd's
-layout, and the tokenizer's files.
+layout, and the tokenizer's files. A quantized matrix is there as its blocks, uint8, under its own name; `herd.json` then lists the kinds
+of blocks that there are, and no other is accepted.
 """
 
 import dataclasses
@@ -24,10 +25,13 @@ VERSION = 1
 def write(source: Source, folder: Path, advance: Callable[[float], None], *, shard_bytes: int = safefile.SHARD_BYTES) -> None:
     """Write a source into an empty folder in herd's format. advance: told the bytes written."""
     facts = {"format": "herd", "version": VERSION, "config": dataclasses.asdict(source.config)}
+    if kinds := sorted({str(stored.kind) for stored in source.tensors.values() if stored.kind}):
+        facts["quantization"] = kinds
     (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
     for name, content in source.files.items():
         (folder / name).write_bytes(content)
-    safefile.write_folder(folder, source.tensors, advance, shard_bytes=shard_bytes)
+    tensors = {name: stored.packed for name, stored in source.tensors.items()}
+    safefile.write_folder(folder, tensors, advance, shard_bytes=shard_bytes)
 
 
 @contextmanager

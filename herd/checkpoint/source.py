@@ -5,6 +5,9 @@
 A `Stored` tensor is a promise: `rows(a, b)` reads those rows of dim 0 and nothing else, so a conversion streams pieces and never holds a
 model. In every format a tensor is bytes at an offset of a file (`Region`). Two ways to them: conversions read with plain reads, whose
 memory is gone with the piece; loading maps the file, so weights that need no change cost no copy.
+
+A quantized matrix has two faces: `rows` gives floats, as of any other, so every writer and the plain model can take it; `blocks` is a
+tensor of its own, the codes as `herd/ops/int4.py` lays them out, for whoever keeps them.
 """
 
 import dataclasses
@@ -22,6 +25,7 @@ from herd.errors import CheckpointError
 from herd.log import log
 from herd.model.config import ModelConfig, RopeScaling
 from herd.model.llama4 import Llama4
+from herd.ops.int4 import KINDS, ROWS, Kind, dequantize
 
 assert sys.byteorder == "little", "every checkpoint format is little-endian, and so must the machine be"
 
@@ -48,6 +52,8 @@ class Stored:
     dtype: torch.dtype
     rows: Callable[[int, int], Tensor]  # rows [a, b) of dim 0, freshly read and contiguous
     view: Callable[[], Tensor] | None = None  # the whole without a copy, where the file has it as it is
+    blocks: "Stored | None" = None  # a quantized matrix as its blocks, uint8 [.., N / 8, K / g, B]
+    rounded: str = ""  # the quantization that its values went through and that herd has no blocks for: "Q6_K"
 
     @property
     def num_bytes(self) -> int:
@@ -58,21 +64,47 @@ class Stored:
         return self.rows(0, self.shape[0])
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) from front to back: experts one by one, else as many rows as fit in `PIECE_BYTES`."""
-        step = 1 if len(self.shape) == 3 else max(1, PIECE_BYTES // max(1, self.num_bytes // self.shape[0]))
+        """(first row, rows) from front to back: experts one by one, else as many rows as fit in `PIECE_BYTES`, codes counted as floats."""
+        is_blocks = self.dtype == torch.uint8
+        is_experts = len(self.shape) == (4 if is_blocks else 3)
+        row_bytes = self.num_bytes // self.shape[0] * (8 if self.dtype in (torch.uint8, torch.int32) else 1)
+        step = 1 if is_experts else max(1, PIECE_BYTES // max(1, row_bytes))
         for start in range(0, self.shape[0], step):
             yield start, self.rows(start, min(start + step, self.shape[0]))
 
     def to(self, dtype: torch.dtype) -> "Stored":
-        """The same tensor in another dtype."""
-        if dtype == self.dtype:
+        """The same tensor as plain numbers of a dtype."""
+        if dtype == self.dtype and self.blocks is None:
             return self
         return Stored(self.shape, dtype, lambda a, b: self.rows(a, b).to(dtype))
+
+    @property
+    def kind(self) -> Kind | None:
+        """The kind of the blocks, None for plain numbers."""
+        return None if self.blocks is None else KINDS[self.blocks.shape[-1]]
+
+    @property
+    def packed(self) -> "Stored":
+        """The blocks where there are any, else the numbers: what takes the fewest bytes and loses nothing."""
+        return self if self.blocks is None else self.blocks
 
 
 def held(tensor: Tensor) -> Stored:
     """A tensor that is in memory already, as a `Stored`."""
     return Stored(tuple(tensor.shape), tensor.dtype, lambda a, b: tensor[a:b].contiguous(), lambda: tensor)
+
+
+def of_blocks(blocks: Stored) -> Stored:
+    """A matrix, or experts, of which there are blocks: dequantized by rows."""
+    shape = KINDS[blocks.shape[-1]].matrix_shape(blocks.shape)
+
+    def rows(start: int, stop: int) -> Tensor:
+        if len(shape) == 3:
+            return dequantize(blocks.rows(start, stop))
+        first = start // ROWS
+        return dequantize(blocks.rows(first, -(-stop // ROWS)))[start - first * ROWS : stop - first * ROWS]
+
+    return Stored(shape, torch.float32, rows, blocks=blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +163,16 @@ class Source:
 
     @property
     def num_bytes(self) -> int:
+        """Of all tensors as plain numbers."""
         return sum(stored.num_bytes for stored in self.tensors.values())
 
+    @property
+    def packed_bytes(self) -> int:
+        """The same where blocks stay blocks."""
+        return sum(stored.packed.num_bytes for stored in self.tensors.values())
+
     def to(self, dtype: torch.dtype) -> "Source":
-        """The same checkpoint with every tensor in `dtype`."""
+        """The same checkpoint with every tensor as plain numbers of `dtype`."""
         return dataclasses.replace(self, tensors={name: stored.to(dtype) for name, stored in self.tensors.items()})
 
 

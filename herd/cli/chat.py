@@ -62,12 +62,25 @@ def parse(line: str) -> Message:
     """A user message; each word @path that is a file becomes the image in it, in its place."""
     content: list[str | Image] = [""]
     for word in re.split(r"(\s+)", line.strip()):
-        path = Path(word[1:]).expanduser()
-        if word.startswith("@") and (path.is_file() or path.suffix.lower() in IMAGE_ENDINGS):  # else it is a name, as in mail
+        path = image_path(word)
+        if path:
             content += [read_image(path), ""]
         else:
             content[-1] = f"{content[-1]}{word}"
     return Message(role="user", content=tuple(part for part in content if part))
+
+
+def image_path(word: str) -> Path | None:
+    """The file that @word names. Other words with an @ are names, as in mail."""
+    if not word.startswith("@") or len(word) == 1:
+        return None
+    path = Path(word[1:])
+    try:
+        path = path.expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError):  # no such user, a name too long for a file
+        is_file = False
+    return path if is_file or path.suffix.lower() in IMAGE_ENDINGS else None
 
 
 def answer(model: Model, messages: list[Message], sampling: Sampling) -> str:

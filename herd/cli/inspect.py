@@ -14,6 +14,7 @@ from herd.model.presets import PRESETS
 from herd.model.size import WEIGHT_KINDS, kv_bytes, parameters, weight_bytes
 
 CONTEXTS = {"8K": 8192, "128K": 131_072, "1M": 1_048_576, "10M": 10_485_760}
+NOTES = {"behemoth": "Meta published 288B active, 16 experts and nearly 2T in all, and no dimension: this geometry is herd's own."}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,23 +34,24 @@ def report(name: str, config: ModelConfig, available: int, where: str) -> list[s
     """The lines that `herd inspect` prints. available: bytes of memory, where: what to call it."""
     size = parameters(config)
     gib = 2**30
-    lines = [f"{name}: {describe(config)}", ""]
+    lines = [f"{name}: {describe(config)}", *([NOTES[name]] if name in NOTES else []), ""]
     lines += [
         f"parameters  text {size.text:,}   vision {size.vision:,}   total {size.total:,}",
         f"            active per token {size.active:,} of the text model",
         "",
-        f"memory in GiB   {'':10}" + "".join(f"{kind:>22}" for kind in WEIGHT_KINDS),
-        f"weights         {'':10}" + "".join(f"{weight_bytes(size, kind) / gib:22,.1f}" for kind in WEIGHT_KINDS),
+        f"memory in GiB   {'':10}" + "".join(f"{kind:>20}" for kind in WEIGHT_KINDS),
+        f"weights         {'':10}" + "".join(f"{weight_bytes(size, kind) / gib:20,.1f}" for kind in WEIGHT_KINDS),
     ]
     for label, tokens in CONTEXTS.items():
         cells = []
         for kind in WEIGHT_KINDS:
             kv = kv_bytes(config, tokens, kind)
             total = weight_bytes(size, kind) + kv
-            cells.append(f"{kv / gib:9,.2f}, {'fits' if total <= available else 'no fit':>6}".rjust(22))
+            cells.append(f"{kv / gib:9,.2f}, {'fits' if total <= available else 'no fit':>6}".rjust(20))
         past = "" if tokens <= config.context_tokens else f"   past its context of {config.context_tokens:,}"
         lines.append(f"KV at {label:<5}     {tokens:>10,}" + "".join(cells) + past)
-    lines += ["", f"fits: weights and KV together within {available / gib:.1f} GiB of {where}"]
+    lines += ["", f"fits: weights and KV together within {available / gib:.1f} GiB of {where}."]
+    lines += ["herd computes in fp32 on a CPU and in the checkpoint's own type, bf16, on a GPU; fp8 and int4 say what the sizes would be."]
     return lines
 
 

@@ -3,6 +3,8 @@
 import importlib
 import os
 import sys
+from contextlib import suppress
+from dataclasses import replace
 
 from herd import __version__
 from herd.errors import HerdError, UsageError, nearest
@@ -11,8 +13,10 @@ VERBS = {
     "chat": "talk in the terminal, images with @file",
     "generate": "continue a text, to stdout",
     "serve": "OpenAI API on 127.0.0.1:8000",
+    "bench": "tokens per second, and the share of what the machine can do",
     "inspect": "layers, parameters, memory at each context, will it fit here",
     "convert": "from any checkpoint to herd, Hugging Face, Meta or GGUF",
+    "quantize": "into int4: a quarter of the size",
     "pull": "fetch the default model",
 }
 
@@ -34,9 +38,24 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe has left; python would complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of a pipe has left
+        _drop_stdout()
         return 0
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        print(f"error: text that is not {error.encoding}: {error.reason}", file=sys.stderr)
+        print("hint: herd reads and writes text; PYTHONIOENCODING=utf-8 sets how", file=sys.stderr)
+        return 2
+    except OSError as error:  # of files and disks; what herd expects of them it says better, as a HerdError
+        print(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        print("hint: look at the path, its permissions and the room on its disk", file=sys.stderr)
+        _drop_stdout()
+        return 1
+
+
+def _drop_stdout() -> None:
+    """Let nothing more be written: python would complain once more at exit."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: list[str]) -> int:
@@ -55,13 +74,18 @@ def _run(args: list[str]) -> int:
 
     show_logs()
     module = importlib.import_module(f"herd.cli.{verb}")
+    args, words = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
     options = tyro.cli(
         module.Options,
         args=args[1:],
         prog=f"herd {verb}",
         description=module.__doc__,
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction),
     )
+    if words:  # what follows -- is taken as it is, dashes and all
+        if not hasattr(options, "words"):
+            raise UsageError(f"herd {verb} takes nothing after --, and got {' '.join(words)!r}")
+        options = replace(options, words=(*options.words, *words))
     code: int = module.run(options)
     return code
 

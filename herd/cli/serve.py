@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from herd.engine.config import EngineConfig
-from herd.engine.local import Local, load
+from herd.engine.local import Local, load, short_name
 from herd.errors import UsageError
 from herd.serve.config import ServeConfig
 
@@ -41,6 +41,9 @@ def run(options: Options) -> int:
     except ModuleNotFoundError as error:
         raise UsageError(f"the server needs {error.name}, which is not installed", "pip install 'herd-llm[serve]'") from error
 
+    served = [short_name(name) for name in options.models]
+    if len(set(served)) < len(served):
+        raise UsageError(f"two models would be served under one name: {', '.join(served)}", "rename a folder")
     listener = bind(options.serve)  # before the models: a taken port should cost a moment
     backend = Local([load(name, config=options.engine) for name in options.models])
     names = backend.models()

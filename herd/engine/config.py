@@ -14,15 +14,18 @@ class EngineConfig:
     max_sequences: int = 16  # sequences that are computed at once; more wait
     step_tokens: int = 512  # tokens of one step: every decoding sequence takes one, prefill gets the rest
     page_tokens: int = 16  # tokens per page; must divide the model's chunk
+    threads: int = 0  # CPU threads of the native kernels; 0: as many as this process may use
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "step_tokens", "page_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1", param=name)
+        if self.threads < 0:
+            raise UsageError(f"threads is {self.threads}; it must be 0 (all) or more", param="threads")
         if self.context_tokens is not None and self.context_tokens < 2:
             raise UsageError(f"context_tokens is {self.context_tokens}; it must be at least 2", param="context_tokens")
-        if self.kv_gib <= 0:
-            raise UsageError(f"kv_gib is {self.kv_gib}; it must be above 0", param="kv_gib")
+        if not 0 < self.kv_gib < 1e6:
+            raise UsageError(f"kv_gib is {self.kv_gib}; it must be above 0 and below a million", param="kv_gib")
         if self.step_tokens < self.max_sequences:
             raise UsageError(
                 f"step_tokens is {self.step_tokens}, fewer than max_sequences {self.max_sequences}",

@@ -14,6 +14,7 @@ from herd.engine.scheduler import Scheduler
 from herd.engine.sequence import Emit, Sequence
 from herd.errors import ContextError, PromptError
 from herd.model.llama4 import Llama4
+from herd.ops.native import default_threads, kernels
 from herd.text.prompt import Prompt
 from herd.text.stream import Detokenizer
 from herd.text.tokenizer import Tokenizer
@@ -23,11 +24,15 @@ class Engine:
     """Continuous batching over one model."""
 
     def __init__(self, model: Llama4, tokenizer: Tokenizer, config: EngineConfig) -> None:
-        weight = model.embed.weight
+        weight = model.norm.weight
         self.model, self.tokenizer, self.config = model.config, tokenizer, config
         self.pages = Pages(self.model, config, dtype=weight.dtype, device=weight.device)
         self.scheduler = Scheduler(self.model, config, self.pages)
-        self.runner = Runner(model)
+        self.runner = Runner(model, self.pages)
+        self.threads = config.threads or default_threads()
+        native = kernels()
+        if native is not None:
+            native.use_threads(self.threads)  # one pool serves all engines of a process; the last to be made decides
 
     @property
     def context_tokens(self) -> int:

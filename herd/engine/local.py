@@ -1,10 +1,10 @@
-"""The one bridge from the outside to engines: a thread that owns each engine, the async `Backend` of the server, and `herd.load`."""
+"""The one bridge from the outside to engines: `herd.load` and its `Model` for Python, and the async `Backend` of the server."""
 
 import asyncio
 import queue
-import threading
 from collections.abc import AsyncGenerator, Iterator
 from collections.abc import Sequence as ListLike
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,66 +17,13 @@ from herd.chat import ChatEvent, ChatRequest, Done, Image, Message, Role, Sampli
 from herd.checkpoint.load import load_model
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
-from herd.engine.sequence import Sequence
+from herd.engine.thread import EngineThread
 from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError, nearest
-from herd.log import log
 from herd.model.config import ModelConfig
-from herd.model.llama4 import Llama4
 from herd.ops.attend import Packed
 from herd.text.images import Tiles, Tiling, open_image, read_image, tile
 from herd.text.prompt import Prompt, render
-from herd.text.tokenizer import Tokenizer, tokenizer_of
-
-
-class EngineThread:
-    """The thread that owns an engine. Others hand it sequences and take them away; events come back through each one's `emit`."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine = engine
-        self.failure: HerdError | None = None
-        self._inbox: queue.SimpleQueue[tuple[bool, Sequence]] = queue.SimpleQueue()  # (is new, sequence)
-        self._live: set[Sequence] = set()
-        threading.Thread(target=self._run, name=f"herd-{name}", daemon=True).start()
-
-    def submit(self, sequence: Sequence) -> None:
-        """Start computing; raises the engine's failure if it has died."""
-        if self.failure:
-            raise self.failure
-        self._inbox.put((True, sequence))
-
-    def cancel(self, sequence: Sequence) -> None:
-        """Stop computing and free all that it held. No harm if it has ended."""
-        self._inbox.put((False, sequence))
-
-    def _run(self) -> None:
-        try:
-            while True:
-                self._read_inbox()
-                for sequence, event in self.engine.step():
-                    if isinstance(event, Done):
-                        self._live.discard(sequence)
-                    sequence.emit(event)
-        except Exception as error:  # whatever it was, every reader must hear of it, and the server must stop saying that all is well
-            log.exception("the engine has stopped")
-            self.failure = HerdError(f"the engine has stopped: {type(error).__name__}: {error}", "restart herd; its log has the details")
-            for sequence in self._live:
-                sequence.emit(self.failure)
-            while True:  # what was handed over before `submit` could know
-                is_new, sequence = self._inbox.get()
-                if is_new:
-                    sequence.emit(self.failure)
-
-    def _read_inbox(self) -> None:
-        """Take in what has been handed over; wait for something when there is nothing to compute."""
-        scheduler = self.engine.scheduler
-        while scheduler.is_idle or not self._inbox.empty():
-            is_new, sequence = self._inbox.get()
-            if is_new:
-                scheduler.add(sequence)
-                self._live.add(sequence)
-            elif sequence in self._live:
-                scheduler.remove(sequence)
-                self._live.discard(sequence)
+from herd.text.tokenizer import tokenizer_of
 
 
 class Reply(Iterator[str]):
@@ -132,10 +79,10 @@ class Reply(Iterator[str]):
 class Model:
     """A loaded model, for Python. Made by `herd.load`."""
 
-    def __init__(self, name: str, model: Llama4, tokenizer: Tokenizer, config: EngineConfig) -> None:
-        self.name, self.llama4, self.tokenizer = name, model, tokenizer
-        self.thread = EngineThread(Engine(model, tokenizer, config), name)
-        self._longest_token = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))  # bytes
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name, self.llama4, self.tokenizer = name, engine.runner.model, engine.tokenizer
+        self.thread = EngineThread(engine, name)
+        self._longest_token = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))  # bytes
 
     @property
     def config(self) -> ModelConfig:
@@ -156,7 +103,7 @@ class Model:
         images: what the `<|patch|>` tokens show, in order: `Tiles`, or a path, bytes, or data URI that is cut into tiles here.
         Raises `PromptError` when their features and the patch tokens differ in number.
         """
-        device = self.llama4.embed.weight.device
+        device = self.llama4.norm.weight.device
         tokens = torch.as_tensor(tokens, dtype=torch.int64, device=device)
         if tokens.dim() != 1 or not len(tokens):
             raise PromptError(f"tokens have shape {list(tokens.shape)}; one sequence of at least one token is wanted")
@@ -182,7 +129,9 @@ class Model:
             self._check_length(len(prompt), "prompt")
             start = [] if self.config.bos_id is None else [self.config.bos_id]
             prompt = start + self.tokenizer.encode(prompt)
-        tokens = [int(token) for token in prompt]
+        tokens = list(prompt)
+        if not all(isinstance(token, int) for token in tokens):
+            raise PromptError("a prompt of tokens holds something that is no int", "give a text, or a list of token ids")
         return Reply(self.thread, Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=()), _sampling(sampling, fields))
 
     def chat(self, messages: str | ListLike[Message | dict[str, Any]], sampling: Sampling | None = None, **fields: Any) -> Reply:
@@ -233,21 +182,20 @@ def _message(message: Message | dict[str, Any]) -> Message:
     """A message as the caller wrote it; dicts as in OpenAI's API, with text, image_url, and image parts (a path, bytes or data URI)."""
     if isinstance(message, Message):
         return message
-    if set(message) != {"role", "content"}:
-        raise PromptError(f"a message has the keys {sorted(message)}", 'it must be {"role": ..., "content": ...}')
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        raise PromptError(f"a message is {message!r:.100}", 'it must be {"role": ..., "content": ...}, in a list')
     content = message["content"]
     parts: list[str | Image] = []
-    for part in [content] if isinstance(content, str) else content:
-        if isinstance(part, str | Image):
-            parts.append(part)
-        elif part.get("type") == "text":
-            parts.append(part["text"])
-        elif part.get("type") == "image_url":
-            parts.append(read_image(part["image_url"]["url"]))
-        elif part.get("type") == "image":
-            parts.append(read_image(part["image"]))
-        else:
-            raise PromptError(f"a part of a message has the type {part.get('type')!r}", "there are: text, image_url, image")
+    for part in [content] if isinstance(content, str) else content or ():
+        match part:
+            case str() | Image():
+                parts.append(part)
+            case {"type": "text", "text": str(text)}:
+                parts.append(text)
+            case {"type": "image_url", "image_url": {"url": str(url)}} | {"type": "image", "image": url}:
+                parts.append(read_image(url))
+            case _:
+                raise PromptError(f"a part of a message is {part!r:.100}", "there are: text, image_url and image, as in OpenAI's API")
     return Message(role=cast(Role, message["role"]), content=tuple(parts))
 
 
@@ -256,6 +204,8 @@ class Local:
 
     def __init__(self, models: ListLike[Model]) -> None:
         self._models = {model.name: model for model in models}
+        # images are cut one request at a time: a small file can be a hundred megapixels, and texts should not wait behind them
+        self._cutting = ThreadPoolExecutor(1, thread_name_prefix="herd-images")
         if len(self._models) < len(models):
             raise UsageError(f"two models have the same name: {', '.join(model.name for model in models)}", "rename a folder")
 
@@ -279,7 +229,10 @@ class Local:
             with suppress(RuntimeError):  # the loop has closed: nobody reads any more, and that must not stop the engine
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        prompt = await asyncio.to_thread(model.prompt, request.messages)  # images take a while to cut
+        if any(isinstance(part, Image) for message in request.messages for part in message.content):
+            prompt = await asyncio.wrap_future(self._cutting.submit(model.prompt, request.messages))
+        else:
+            prompt = await asyncio.to_thread(model.prompt, request.messages)
         sequence = model.thread.engine.sequence(prompt, request.sampling, emit)
         model.thread.submit(sequence)
         try:
@@ -315,6 +268,17 @@ def load(
         if choice not in known:
             hint = nearest(choice, known) or f"there are: {', '.join(known)}"
             raise UsageError(f"there is no engine choice {choice!r}", hint, param=choice)
+    return Model(short_name(name), open_engine(name, dtype=dtype, device=device, config=replace(config or EngineConfig(), **choices)))
+
+
+def short_name(name: str | Path) -> str:
+    """What a model is called by its clients: its short name, or the last part of its path."""
+    path = Path(name).resolve()
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
+def open_engine(name: str | Path, *, config: EngineConfig, dtype: torch.dtype | None = None, device: str | None = None) -> Engine:
+    """The engine of a model, not yet running: for who wants to step it himself. Arguments and errors as for `load`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, source = load_model(name, dtype=dtype, device=device)
-    return Model(Path(name).stem, model, tokenizer_of(source.files), replace(config or EngineConfig(), **choices))
+    return Engine(model, tokenizer_of(source.files), config)

@@ -64,14 +64,21 @@ class Capacity:
             full, local = needed(tokens)
             return page_bytes * (full * len(model.global_layers) + local * len(model.local_layers))
 
+        if config.context_tokens is not None and config.context_tokens > model.context_tokens:
+            raise UsageError(
+                f"context_tokens is {config.context_tokens:,}; this model was made for {model.context_tokens:,}",
+                "lower it, or leave it out",
+                param="context_tokens",
+            )
         most = config.context_tokens or model.context_tokens
         low, high = 0, config.max_sequences * most
         while low < high:  # the most tokens whose pages fit
             middle = (low + high + 1) // 2
             low, high = (middle, high) if cost(middle) <= budget else (low, middle - 1)
-        if config.context_tokens is not None and low < config.context_tokens:
+        wanted = config.context_tokens or 2 * config.page_tokens  # with less nobody can be served
+        if low < wanted:
             raise UsageError(
-                f"a context of {config.context_tokens:,} tokens needs {cost(config.context_tokens) / 2**30:.2f} GiB of keys and values; "
+                f"a context of {wanted:,} tokens needs {cost(wanted) / 2**30:.2g} GiB of keys and values; "
                 f"kv_gib allows {config.kv_gib}, which holds {low:,} tokens",
                 "raise kv_gib or lower context_tokens",
                 param="kv_gib",

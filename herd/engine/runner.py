@@ -4,15 +4,18 @@ import torch
 from torch import Tensor
 
 from herd.engine.inputs import Inputs
+from herd.engine.pages import Pages
 from herd.engine.scheduler import Plan
+from herd.engine.whole import WholeStep
 from herd.model.llama4 import Llama4
 
 
 class Runner:
     """A model on its device."""
 
-    def __init__(self, model: Llama4) -> None:
+    def __init__(self, model: Llama4, pages: Pages) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.whole = WholeStep.bind(model, pages)  # None where the model has to run layer by layer
 
     @torch.inference_mode()
     def see(self, plan: Plan) -> None:
@@ -21,13 +24,15 @@ class Runner:
             sequence = piece.sequence
             found = sequence.patches_between(piece.start, piece.stop)
             if sequence.features is None and found.start < found.stop:
-                device = self.model.embed.weight.device
+                device = self.model.norm.weight.device
                 seen = [self.model.see(torch.from_numpy(tiles.pixels).to(device)) for tiles in sequence.prompt.images]
                 sequence.features = torch.cat(seen)
 
     @torch.inference_mode()
     def __call__(self, inputs: Inputs) -> Tensor:
         """Logits of the wanted rows: [n, V] float32."""
+        if self.whole is not None:
+            return self.whole(inputs)
         logits: Tensor = self.model(
             inputs.tokens, inputs.positions, inputs.attend, inputs.features, patches=inputs.patches, rows=inputs.rows
         )

@@ -35,7 +35,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     Source: transformers' TopPLogitsWarper and MinPLogitsWarper (arXiv 2407.01082).
     """
     assert sampling.temperature is not None and sampling.top_p is not None
-    logits = logits.double() / sampling.temperature
+    logits = (logits.double() - logits.max()) / sampling.temperature  # from the top, so that no temperature overflows
     k = min(sampling.top_k or len(logits), len(logits))
     top, ids = logits.topk(k) if k < len(logits) else logits.sort(descending=True, stable=True)
     probs = (top - top.logsumexp(0)).exp()

@@ -114,6 +114,8 @@ class ModelConfig:
         for name in ("width", "num_layers", "num_heads", "num_kv_heads", "head_width", "vocab_size", "moe_step"):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"model config has {name} = {getattr(self, name)}; it must be at least 1")
+        if self.num_layers > 10_000:
+            raise CheckpointError(f"model config has num_layers = {self.num_layers}; herd builds at most 10,000")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(f"{self.num_heads} query heads do not divide into {self.num_kv_heads} key/value heads")
         if self.head_width % 2:

@@ -6,7 +6,7 @@ and serves: what differs is the `attend` it is handed (`herd/ops/attend.py`).
 Shapes, everywhere in herd:
     T tokens, packed over sequences   B sequences   L layers   D width   V vocabulary
     H query heads   G key/value heads   K head width   E experts   F hidden width   R rows routed to experts
-    P pages   S slots per page   I image tiles   N patches per tile   W vision width
+    P pages   I image tiles   S pixels of a tile's side   N patches per tile   W vision width
 """
 
 import torch
@@ -36,13 +36,21 @@ class Block(nn.Module):
         return x
 
 
+class Embedding(nn.Embedding):
+    """The table of token vectors, and, where head and embedding are tied, the output head."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: [n, D] -> [n, V]."""
+        return F.linear(x, self.weight)
+
+
 class Llama4(nn.Module):
     """A model of the family. Built without values: load a checkpoint into it, or call `init_weights`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.embed = Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
@@ -80,10 +88,13 @@ class Llama4(nn.Module):
         places = Places.of(self.config, positions)
         for block in self.layers:
             x = block(x, places, attend)
-        if rows is not None:
-            x = x[rows]
-        head = self.embed if self.head is None else self.head
-        return F.linear(self.norm(x), head.weight).float()
+        return self.logits(x if rows is None else x[rows])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The last norm and the head: [n, D] -> [n, V] float32."""
+        x = self.norm(x)
+        logits: Tensor = self.embed.logits(x) if self.head is None else self.head(x)
+        return logits.float()
 
 
 def build(config: ModelConfig, *, device: str = "meta", dtype: torch.dtype = torch.float32) -> Llama4:

@@ -6,7 +6,7 @@ from math import prod
 from herd.model.config import ModelConfig
 from herd.model.llama4 import build
 
-WEIGHT_KINDS = ("bf16", "fp8", "int4")
+WEIGHT_KINDS = ("fp32", "bf16", "fp8", "int4")
 KV_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int4": 0.5625}  # int4: groups of 32 with a 16-bit scale
 
 
@@ -36,9 +36,9 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 def weight_bytes(size: Parameters, kind: str) -> int:
-    """Bytes of the weights stored as `kind`. fp8: a byte each. int4: 4 bits and a 16-bit scale per 32. The rest stays in bf16."""
-    bits = {"bf16": 16, "fp8": 8, "int4": 4.5}[kind]
-    return int(size.quantized * bits / 8) + (size.total - size.quantized) * 2
+    """Bytes of the weights held as `kind`. fp8: a byte each. int4: 4 bits and a 16-bit scale per 32. The rest stays in bf16."""
+    bits = {"fp32": 32, "bf16": 16, "fp8": 8, "int4": 4.5}[kind]
+    return int(size.quantized * bits / 8) + (size.total - size.quantized) * (4 if kind == "fp32" else 2)
 
 
 def kv_bytes(config: ModelConfig, tokens: int, kind: str = "bf16") -> int:

@@ -1,13 +1,13 @@
 """The wire form of OpenAI's chat completions. It takes what herd honours and refuses the rest by name.
 
-Every field that OpenAI documents is in exactly one of three groups, and an unknown one is an error that names the nearest:
+Every field of a request that OpenAI documents is in exactly one of three groups, and an unknown one is an error that names the nearest:
 
 * honoured: the fields of these classes;
 * neutral: known, but herd cannot do it, so that only a value which asks for nothing is taken, and null always is;
 * ignored: without effect on the reply by OpenAI's own contract (bookkeeping, billing, caching), or, for `name` and `detail`, because
   Llama 4's prompt format has no place for it.
 
-An absent field and null mean the same: the default of `herd.chat.Sampling`, which is Llama's (temperature 0.6, top_p 0.9), not OpenAI's.
+An absent field and null mean the same: the default of `herd.chat.Sampling`, which for temperature and top_p is what the makers advise.
 What values may be is checked where they are used, in `Sampling`; here are only the limits of the wire form itself.
 
 Source: `openai.types.chat.completion_create_params` of openai 3.54.

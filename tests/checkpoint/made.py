@@ -51,6 +51,9 @@ LLAMACPP = replace(
     vision=None,
 )
 
+# Every width divides into blocks of 32 and of 128 columns, those of the eyes apart.
+WIDE = replace(LLAMACPP, width=128, head_width=32, hidden_width=128, dense_width=256)
+
 FAMILY = {"scout": SCOUT, "maverick": MAVERICK, "dense": DENSE}
 
 
@@ -72,7 +75,7 @@ def random_source(config: ModelConfig, seed: int = 0) -> Source:
 
 
 def assert_same(a: Source, b: Source) -> None:
-    """Equal bit for bit: the same tensors in the same order, shapes, dtypes and values."""
+    """Equal bit for bit: the same tensors in the same order, shapes, dtypes, values and blocks."""
     assert list(a.tensors) == list(b.tensors)
     for name, stored in a.tensors.items():
         other = b.tensors[name]
@@ -80,6 +83,9 @@ def assert_same(a: Source, b: Source) -> None:
         assert torch.equal(stored.read(), other.read()), name
         if other.view is not None:
             assert torch.equal(stored.read(), other.view()), name
+        assert stored.kind == other.kind, name
+        if stored.blocks is not None and other.blocks is not None:
+            assert torch.equal(stored.blocks.read(), other.blocks.read()), name
 
 
 def entries(folder: Path) -> list[str]:

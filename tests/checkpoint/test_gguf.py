@@ -14,17 +14,20 @@ import torch
 
 from herd.checkpoint.convert import write
 from herd.checkpoint.gguf import _divisors
-from herd.checkpoint.load import load_model, open_source
-from herd.checkpoint.source import Source
+from herd.checkpoint.load import fill, load_model, open_source
+from herd.checkpoint.quantize import quantized
+from herd.checkpoint.source import Source, of_blocks
 from herd.errors import CheckpointError
 from herd.model.config import ModelConfig, RopeScaling
 from herd.model.presets import CRIA
 from herd.ops.attend import Packed
+from herd.ops.int4 import Kind
 from herd.text.tokenizer import bpe_json, byte_tokenizer, load_tokenizer
 from tests.checkpoint.donor import DONOR, llama_file
 from tests.checkpoint.golden.make_llamacpp import PATH, run
-from tests.checkpoint.made import LLAMACPP, SCOUT, assert_same, entries, indexed, random_source
+from tests.checkpoint.made import LLAMACPP, SCOUT, WIDE, assert_same, entries, indexed, random_source
 
+Type = gguf.GGMLQuantizationType
 MAVERICK = replace(LLAMACPP, num_experts=128, rope_scaling=None, qk_norm=False, hidden_width=8)
 
 
@@ -141,12 +144,74 @@ def test_our_forward_is_what_llama_cpp_computed(tmp_path: Path) -> None:
     torch.testing.assert_close(top.values, torch.tensor([step["logits"] for step in steps]), atol=1e-3, rtol=0)
 
 
+# --- blocks
+
+
+@pytest.mark.parametrize("with_minimum", [False, True], ids=["Q4_0", "Q4_1"])
+def test_blocks_are_written_as_they_are(with_minimum: bool, tmp_path: Path) -> None:
+    """And the gguf package finds the values that herd's blocks have."""
+    source = quantized(random_source(LLAMACPP), 32, with_minimum)
+    write(source, tmp_path / "model.gguf", "gguf")
+    back = open_source(tmp_path / "model.gguf")
+    write(back, tmp_path / "again.gguf", "gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
+    for name, stored in source.tensors.items():
+        assert stored.kind == back.tensors[name].kind, name
+        if stored.blocks is not None:
+            assert torch.equal(stored.blocks.read(), back.tensors[name].blocks.read()), name
+            assert torch.equal(of_blocks(stored.blocks).read(), back.tensors[name].read()), name
+    tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    four = "Q4_1" if with_minimum else "Q4_0"
+    assert (tensors["blk.1.ffn_down_exps.weight"], tensors["blk.0.attn_q.weight"], tensors["token_embd.weight"]) == (four, four, "Q8_0")
+    assert (tensors["blk.1.ffn_gate_inp.weight"], tensors["output_norm.weight"], tensors["output.weight"]) == ("F32", "F32", "Q8_0")
+
+
+def test_groups_of_128_become_four_of_the_same_scale(tmp_path: Path) -> None:
+    source = quantized(random_source(WIDE), 128)
+    write(source, tmp_path / "model.gguf", "gguf")
+    back = open_source(tmp_path / "model.gguf")
+    name = "layers.1.ffn.experts.down"
+    assert (source.tensors[name].kind, back.tensors[name].kind) == (Kind(4, 128), Kind(4, 32))
+    assert torch.equal(of_blocks(source.tensors[name].blocks).read(), back.tensors[name].read())
+
+
+def test_the_code_that_no_quantizer_writes_is_refused(tmp_path: Path) -> None:
+    llama_file(tmp_path / "model.gguf", Type.Q8_0)
+    stored = open_source(tmp_path / "model.gguf").tensors["layers.0.attention.q.weight"]
+    assert stored.blocks is not None
+    (t,) = (t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors if t.name == "blk.0.attn_q.weight")
+    with (tmp_path / "model.gguf").open("r+b") as file:
+        file.seek(int(t.data_offset) + 2 + 5)
+        file.write(b"\x80")
+    assert stored.read()[0, 5] < 0  # as a float it is fine
+    with pytest.raises(CheckpointError, match=r"blk.0.attn_q.weight has the 8-bit code -128, .*\nhint: convert with --dtype float32"):
+        stored.blocks.read()
+
+
+def test_llama_cpp_computes_the_same_from_blocks(tmp_path: Path) -> None:
+    """It rounds activations to 8 bits, which moves logits. On the same weights as floats it rounds nothing, and agrees."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; the gguf package reads the file in the tests above")
+    write(quantized(random_source(WIDE)), tmp_path / "blocks.gguf", "gguf")
+    source = open_source(tmp_path / "blocks.gguf").to(torch.float32)
+    write(source, tmp_path / "floats.gguf", "gguf")
+    model = fill(source, torch.float32)
+    prompt = json.loads(PATH.read_text())["prompt"]
+    for name, most in (("blocks", 0.05), ("floats", 1e-4)):
+        steps = run(tmp_path / f"{name}.gguf", prompt)
+        tokens = torch.tensor(prompt + [step["ids"][0] for step in steps[:-1]])
+        with torch.no_grad():
+            logits = model(tokens, torch.arange(len(tokens)), Packed([len(tokens)], source.config.chunk_tokens))[-len(steps) :]
+        moved = (logits.gather(1, torch.tensor([step["ids"] for step in steps])) - torch.tensor([step["logits"] for step in steps])).abs()
+        assert moved.mean() < most * logits.std()  # codes in another order would move them by about 1
+        assert (logits.amax(-1) - logits.gather(1, torch.tensor([step["ids"][:1] for step in steps]))[:, 0]).max() <= moved.max()
+
+
 # --- reading what others write
 
-Kind = gguf.GGMLQuantizationType
+BLOCKS = {Type.Q4_0: Kind(4, 32), Type.Q4_1: Kind(4, 32, True), Type.Q8_0: Kind(8, 32)}
 
 
-@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_1, Kind.F16, Kind.BF16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_1, Type.F16, Type.BF16], ids=lambda kind: kind.name)
 def test_a_dense_llama_is_read_exactly_whatever_its_type(kind: gguf.GGMLQuantizationType, tmp_path: Path) -> None:
     expected = llama_file(tmp_path / "model.gguf", kind)
     source = open_source(tmp_path / "model.gguf")
@@ -155,6 +220,12 @@ def test_a_dense_llama_is_read_exactly_whatever_its_type(kind: gguf.GGMLQuantiza
     for name, stored in source.tensors.items():
         assert torch.equal(stored.read().float(), expected[name]), name
         assert torch.equal(stored.rows(3, 17).float(), expected[name][3:17]), name
+        assert stored.kind == (BLOCKS.get(kind) if len(stored.shape) == 2 else None)
+        assert stored.rounded == (kind.name if kind == Type.Q5_1 and len(stored.shape) == 2 else "")
+        if stored.blocks is not None:
+            assert torch.equal(of_blocks(stored.blocks).read(), expected[name]), name
+            assert torch.equal(of_blocks(stored.blocks).rows(3, 17), expected[name][3:17]), name
+            assert torch.equal(stored.blocks.rows(1, 3), stored.blocks.read()[1:3]), name
 
 
 @pytest.mark.parametrize(
@@ -169,20 +240,20 @@ def test_a_dense_llama_is_read_exactly_whatever_its_type(kind: gguf.GGMLQuantiza
     ],
 )
 def test_other_models_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    llama_file(tmp_path / "model.gguf", Kind.F16, **changes)
+    llama_file(tmp_path / "model.gguf", Type.F16, **changes)
     with pytest.raises(CheckpointError, match=message):
         open_source(tmp_path / "model.gguf")
 
 
 def test_a_cut_file_is_named(tmp_path: Path) -> None:
-    llama_file(tmp_path / "model.gguf", Kind.F16)
+    llama_file(tmp_path / "model.gguf", Type.F16)
     os.truncate(tmp_path / "model.gguf", (tmp_path / "model.gguf").stat().st_size // 2)
     with pytest.raises(CheckpointError, match=r"is cut short or broken"):
         open_source(tmp_path / "model.gguf")
 
 
 def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
-    llama_file(tmp_path / "model-00001-of-00002.gguf", Kind.F16)
+    llama_file(tmp_path / "model-00001-of-00002.gguf", Type.F16)
     with pytest.raises(CheckpointError, match=r"lacks 1 of 2 parts of the model: model-00002-of-00002.gguf"):
         open_source(tmp_path)
 
@@ -196,4 +267,4 @@ def test_rope_divisors_are_those_of_llama_cpps_converter() -> None:
 def test_the_donor_is_the_preset(donor_gguf: Path) -> None:
     source = open_source(donor_gguf)
     assert replace(source.config, advised_temperature=CRIA.advised_temperature, advised_top_p=CRIA.advised_top_p) == CRIA
-    assert (len(source.tensors), source.num_bytes) == (272, 538_060_032)
+    assert (len(source.tensors), source.num_bytes, source.packed_bytes) == (272, 538_060_032, 96_576_768)

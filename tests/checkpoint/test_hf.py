@@ -283,7 +283,6 @@ def test_unknown_keys_are_named_in_one_warning(caplog: pytest.LogCaptureFixture)
         ({"text__attention_bias": True}, "attention_bias = True is not supported\nhint: herd computes attention_bias = False only"),
         ({"text__hidden_act": "relu"}, "hidden_act = 'relu' is not supported"),
         ({"vision__hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu' is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = 'fp8' is not supported"),
         ({"text__no_rope_layers": [1, 0, 0, 1]}, r"no_rope_layers is irregular: \[1, 0, 0, 1\]"),
         ({"text__no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 4 layers"),
         ({"text__moe_layers": [0, 3]}, r"moe_layers \[0, 3\] is not every 1th of 4 layers"),

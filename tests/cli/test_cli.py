@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 
 from herd.checkpoint.load import open_source
+from herd.cli.chat import parse
 from herd.cli.main import VERBS, main
 
 
@@ -166,6 +167,25 @@ def test_misuse_is_code_2(capsys: pytest.CaptureFixture[str], args: tuple[str, .
     code, out, err = run(capsys, *args)
     assert (code, out) == (2, ""), err
     assert words in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("word", ["x~y", "(~50", "@~nobody-here", "@" + "a" * 300, "me@example.org", "@", "@name"])
+def test_words_with_at_and_tilde_are_words(word: str) -> None:
+    assert parse(f"say {word} now").content == (f"say {word} now",)
+
+
+def test_what_follows_two_dashes_is_taken_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("generate", "--temperature", "0", "--max-tokens", "4", "--stop", "zz", "--stop", "qq")
+    code, out, err = run(capsys, *args, "tiny", "--", "-hello")
+    assert code == 0, err
+    assert out == run(capsys, "generate", "tiny", "--max-tokens", "4", "--temperature", "0", "--", "-hello")[1]
+
+
+def test_disks_and_paths_end_in_two_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for args in (("convert", "tiny", str(tmp_path / "file" / "x"), "--to", "herd"), ("inspect", "/dev/null"), ("inspect", "x" * 300)):
+        code, out, err = run(capsys, *args)
+        assert code in (1, 2) and out == "" and err.startswith("error: ") and "hint: " in err, err
 
 
 def test_bad_images(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import time
 
 import pytest
@@ -142,7 +144,7 @@ def test_what_does_not_exist_is_named(tiny: Model) -> None:
     with pytest.raises(ModelNotFound, match="scuot") as missing:
         herd.load("scuot")
     assert "scout" in missing.value.hint
-    with pytest.raises(PromptError, match="keys"):
+    with pytest.raises(PromptError, match="a message is"):
         tiny.chat([{"role": "user", "text": "x"}])
     with pytest.raises(PromptError, match="video"):
         tiny.chat([{"role": "user", "content": [{"type": "video"}]}])
@@ -160,3 +162,49 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(tiny: Model) -> None:
         tiny.chat("x" * 50_000_000)
     with pytest.raises(ContextError, match=r"50,000,000 characters of prompt"):
         tiny.generate("x" * 50_000_000)
+
+
+def test_a_model_that_is_dropped_ends_its_thread() -> None:
+    import threading
+
+    def live() -> int:
+        return sum(thread.name == "herd-tiny" for thread in threading.enumerate())
+
+    before = live()
+    model = herd.load("tiny")
+    model.generate("x", max_tokens=3).text  # noqa: B018
+    assert live() == before + 1
+    del model
+    gc.collect()
+    for _ in range(200):
+        if live() == before:
+            return
+        time.sleep(0.02)
+    pytest.fail("the engine's thread is still there")
+
+
+@pytest.mark.parametrize("end", ["", "reply.close()", "raise SystemExit(0)"])
+def test_a_program_may_end_in_the_middle_of_a_reply(end: str) -> None:
+    code = f"import herd; model = herd.load('tiny'); reply = model.generate('x', max_tokens=900, ignore_eos=True); next(reply); {end}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 2.5},
+        {"min_p": None},
+        {"stop": (5,)},
+        {"stop": [b"x"]},
+        {"max_tokens": 2.5},
+        {"seed": True},
+        {"temperature": "a"},
+        {"top_p": "1"},
+    ],
+    ids=str,
+)
+def test_fields_of_the_wrong_type_are_refused_and_harm_nobody(tiny: Model, fields: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=next(iter(fields))):
+        tiny.generate("hi", **{"temperature": 1, **fields})
+    assert tiny.generate("hi", max_tokens=2).tokens

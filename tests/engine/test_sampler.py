@@ -88,3 +88,9 @@ def test_same_seed_same_draws() -> None:
 def test_out_of_range_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(UsageError, match=field):
         Sampling(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_temperature_next_to_nothing_is_greedy() -> None:
+    logits = torch.randn(50)
+    for temperature in (1e-6, 1e-300, 1e-320):
+        assert Sampler(Sampling(temperature=temperature, top_p=1.0))(logits) == logits.argmax()

@@ -1,0 +1,125 @@
+"""The native kernels, if they were built: plain buffers through ctypes, one pool of threads for the process.
+
+They are built when herd is installed and a C++ compiler is there (`native.cpp`); without them herd says so once and runs the plain torch
+definitions in `herd/ops/int4.py`, which these are held equal to. The instruction set is chosen when the library is loaded; a result does
+not depend on it, nor on the number of threads, nor on what else is computed in the same call.
+
+HERD_NATIVE: "off", or a path to hold it to: "portable", "avx2", "vnni".
+"""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from herd.errors import UsageError
+from herd.log import log
+from herd.ops.int4 import kind_of
+from herd.ops.native import tables
+
+_PATHS = ("portable", "avx2", "vnni")
+_FAULTS = {1: "shapes that do not fit together", 2: "no memory", 3: "this machine has not the instructions"}
+
+
+class Kernels:
+    """The loaded library."""
+
+    def __init__(self, file: Path) -> None:
+        self._library = ctypes.CDLL(str(file))  # its functions let other Python threads run
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._library.herd_path.restype = ctypes.c_char_p
+        self._library.herd_use_path.argtypes = [ctypes.c_char_p]
+        self._library.herd_use_threads.argtypes = [number]
+        self._library.herd_round.argtypes = [pointer, size, size, pointer, pointer]
+        self._library.herd_product.argtypes = [pointer, size, size, size, number, number, number, pointer, pointer, pointer]
+        self.use_threads(default_threads())
+
+    @property
+    def path(self) -> str:
+        """The instruction set in use: "portable", "avx2" or "vnni"."""
+        name: bytes = self._library.herd_path()
+        return name.decode()
+
+    def use_path(self, path: str) -> None:
+        """Hold to an instruction set. Raises `UsageError` if the machine lacks it."""
+        if self._library.herd_use_path(path.encode()):
+            raise UsageError(f"this machine cannot run the native kernels on {path!r}", f"there are: {', '.join(_PATHS)}")
+
+    def use_threads(self, count: int) -> None:
+        """How many threads a product uses, the caller's included."""
+        if self._library.herd_use_threads(count):
+            raise UsageError(f"threads is {count}; it must lie between 1 and 1024", param="threads")
+
+    def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`herd.ops.int4.round_activations`: [T, K] float32 -> codes [T, K] int16, scales [T, K/32] float32."""
+        T, K = x.shape
+        x = x.contiguous()
+        codes, scales = torch.empty(T, K, dtype=torch.int16), torch.empty(T, K // 32)
+        _check(self._library.herd_round(x.data_ptr(), T, K, codes.data_ptr(), scales.data_ptr()))
+        return codes, scales
+
+    def product(self, x: Tensor, blocks: Tensor, counts: Tensor | None = None) -> Tensor:
+        """x [R, K] float32 times blocks [N/8, K/g, B] -> [R, N]; or, sorted by expert, times [E, N/8, K/g, B] with counts [E] int64."""
+        kind = kind_of(blocks)
+        *experts, row_blocks, groups, _ = blocks.shape
+        R, K = x.shape
+        N, num = row_blocks * 8, experts[0] if experts else 1
+        assert groups * kind.group == K and blocks.is_contiguous() and x.dtype == torch.float32
+        if counts is None:
+            counts = torch.tensor([R])
+        assert counts.dtype == torch.int64 and len(counts) == num
+        x, counts = x.contiguous(), counts.contiguous()
+        y = torch.empty(R, N)
+        _check(
+            self._library.herd_product(
+                blocks.data_ptr(),
+                num,
+                N,
+                K,
+                kind.group,
+                kind.bits,
+                kind.has_minimum,
+                x.data_ptr(),
+                counts.data_ptr(),
+                y.data_ptr(),
+            )
+        )
+        return y
+
+    def step(self, model: tables.Model, step: tables.Step) -> None:
+        """All layers of a model for one step; `step.x` goes in as embeddings and comes out as hidden states."""
+        _check(self._library.herd_step(ctypes.byref(model), ctypes.byref(step)))
+
+
+def default_threads() -> int:
+    """The cores that this process may run on: its affinity, and the quota of its cgroup where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
+
+
+def _check(fault: int) -> None:
+    assert fault == 0, f"native kernel: {_FAULTS.get(fault, fault)}"
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The native kernels, or None where they were not built or HERD_NATIVE=off. Says so once."""
+    wish = os.environ.get("HERD_NATIVE", "")
+    if wish == "off":
+        return None
+    files = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not files:
+        log.warning("herd's native kernels are not built, so 4-bit weights run slowly; install a C++ compiler and herd again")
+        return None
+    loaded = Kernels(files[0])
+    if wish:
+        loaded.use_path(wish)
+    return loaded

@@ -1,0 +1,110 @@
+// One pool of threads, made once. A job is cut into numbered tasks; which thread runs a task never changes a result.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define HERD_PAUSE() _mm_pause()
+#else
+#define HERD_PAUSE() std::this_thread::yield()
+#endif
+
+namespace herd {
+
+// A plain function, so that no allocation stands between two small products.
+using Task = void (*)(void* context, int64_t task, int worker);
+
+// A job is one number: how many of its tasks nobody has taken yet, under a generation. Whoever lowers it by one has a task of a job that
+// is still alive, since a job lives until its last task is done. So the caller waits for tasks, never for a thread: one that the
+// system has put aside costs nothing.
+class Pool {
+ public:
+  ~Pool() { resize(1); }
+
+  int size() const { return int(threads_.size()) + 1; }
+
+  // Must not be called while a job runs, nor from two threads.
+  void resize(int count) {
+    stopping_.store(true);
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    for (auto& thread : threads_) thread.join();
+    threads_.clear();
+    stopping_.store(false);
+    for (int worker = 1; worker < count; ++worker) threads_.emplace_back([this, worker] { work(worker); });
+  }
+
+  // Run tasks 0 .. count-1 and return when all are done. Not from two threads at once.
+  void run(Task task, void* context, int64_t count) {
+    if (threads_.empty() || count == 1) {
+      for (int64_t i = 0; i < count; ++i) task(context, i, 0);
+      return;
+    }
+    task_ = task, context_ = context, count_ = count;
+    done_.store(0, std::memory_order_relaxed);
+    generation_ += uint64_t(1) << 32;
+    open_.store(generation_ | uint64_t(count));  // sequentially consistent with `sleepers_`: a thread falls asleep or sees the job
+    if (sleepers_.load() > 0) {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    while (take(0)) {
+    }
+    for (int spins = 0; done_.load(std::memory_order_acquire) < count; ++spins) {
+      if (spins < kSpins) HERD_PAUSE();
+      else std::this_thread::yield();
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 4000;  // tens of microseconds: longer than the gap between two products of a step
+
+  bool take(int worker) {
+    uint64_t open = open_.load(std::memory_order_acquire);
+    do {
+      if (uint32_t(open) == 0) return false;
+    } while (!open_.compare_exchange_weak(open, open - 1, std::memory_order_acq_rel, std::memory_order_acquire));
+    task_(context_, count_ - uint32_t(open), worker);
+    done_.fetch_add(1, std::memory_order_release);
+    return true;
+  }
+
+  void work(int worker) {
+    int spins = 0;
+    while (!stopping_.load(std::memory_order_relaxed)) {
+      if (take(worker)) {
+        spins = 0;
+      } else if (++spins < kSpins) {
+        HERD_PAUSE();
+      } else {
+        std::unique_lock<std::mutex> lock(sleep_);
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, [&] { return stopping_.load() || uint32_t(open_.load()) != 0; });
+        sleepers_.fetch_sub(1);
+        spins = 0;
+      }
+    }
+  }
+
+  std::vector<std::thread> threads_;
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> open_{0};  // generation << 32 | tasks that nobody has taken
+  std::atomic<int64_t> done_{0};
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stopping_{false};
+  uint64_t generation_ = 0;
+  Task task_ = nullptr;
+  void* context_ = nullptr;
+  int64_t count_ = 0;
+};
+
+}  // namespace herd

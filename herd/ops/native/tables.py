@@ -1,0 +1,78 @@
+"""The tables of pointers that a whole step takes, as `step.inl` lays them out."""
+
+import ctypes
+
+from torch import Tensor
+
+from herd.ops.int4 import kind_of
+
+_float_p, _int_p = ctypes.c_void_p, ctypes.c_void_p
+
+
+class Matrix(ctypes.Structure):
+    """One matrix of blocks; all zeros stand for none."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("has_minimum", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, blocks: Tensor) -> "Matrix":
+        """blocks: [N/8, K/g, B], or [E, ...] for the first of E."""
+        kind = kind_of(blocks)
+        assert blocks.is_contiguous() and blocks.device.type == "cpu"
+        N, K = kind.matrix_shape(blocks.shape)[-2:]
+        return cls(blocks.data_ptr(), N, K, kind.group, kind.bits, kind.has_minimum, 0)
+
+
+class Layer(ctypes.Structure):
+    """The weights and pages of one layer."""
+
+    _fields_ = (
+        ("attention_norm", _float_p),
+        ("ffn_norm", _float_p),
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down", "experts_gate", "experts_up", "experts_down")),
+        ("router", _float_p),
+        ("keys", _float_p),
+        ("values", _float_p),
+        ("is_local", ctypes.c_int64),
+    )
+
+
+class Model(ctypes.Structure):
+    """A model and its layers."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("width", "heads", "kv_heads", "head_width", "experts", "experts_per_token", "num_layers")),
+        ("norm_eps", ctypes.c_float),
+        ("qk_norm_eps", ctypes.c_float),
+        ("layers", ctypes.POINTER(Layer)),
+    )
+
+
+class Reach(ctypes.Structure):
+    """Slots that a step writes and reads in one kind of layer; all zeros for a kind that the model has not."""
+
+    _fields_ = (("write", _int_p), ("read", _int_p), ("lengths", _int_p))
+
+
+class Step(ctypes.Structure):
+    """The tokens of one step."""
+
+    _fields_ = (
+        ("tokens", ctypes.c_int64),
+        ("sequences", ctypes.c_int64),
+        ("counts", _int_p),
+        ("cos", _float_p),
+        ("sin", _float_p),
+        ("temperature", _float_p),
+        ("local", Reach),
+        ("full", Reach),
+        ("x", _float_p),
+    )

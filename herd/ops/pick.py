@@ -1,0 +1,31 @@
+"""Which implementation of an op runs: decided here and nowhere else."""
+
+import torch
+from torch import Tensor
+
+from herd.ops.int4 import blocks_linear_plain, dequantize
+from herd.ops.native import kernels
+
+
+def blocks_linear(x: Tensor, blocks: Tensor, counts: Tensor | None = None) -> Tensor:
+    """x [T, K] times blocks [N/8, K/g, B] -> [T, N]; with counts [E], x sorted by expert times [E, N/8, K/g, B].
+
+    | device | built | implementation |
+    |---|---|---|
+    | CPU | native kernels | `herd.ops.native`, activations rounded to 16 bits |
+    | CPU | none | `blocks_linear_plain`, the same rounding |
+    | GPU | | dequantized for the moment of the product, nothing rounded |
+    """
+    if x.device.type == "cpu":
+        native = kernels()
+        if native is not None:
+            return native.product(x.float(), blocks, counts).type_as(x)
+    product = blocks_linear_plain if x.device.type == "cpu" else _dequantized_linear
+    if counts is None:
+        return product(x, blocks).type_as(x)
+    parts = torch.split(x, counts.tolist())
+    return torch.cat([product(part, w) for part, w in zip(parts, blocks, strict=True)]).type_as(x)
+
+
+def _dequantized_linear(x: Tensor, blocks: Tensor) -> Tensor:
+    return x @ dequantize(blocks, x.dtype).T

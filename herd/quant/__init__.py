@@ -1,0 +1,1 @@
+"""Weights in fewer bits: which matrices, and how a number becomes a code."""

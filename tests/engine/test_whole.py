@@ -1,0 +1,121 @@
+"""A whole step in one native call against the layer-by-layer forward, and the same bits whatever else is in the batch."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from herd.chat import Sampling
+from herd.engine.config import EngineConfig
+from herd.engine.engine import Engine
+from herd.engine.sequence import Sequence
+from herd.model.config import ModelConfig
+from herd.model.init import init_weights
+from herd.model.llama4 import Llama4, build
+from herd.model.presets import TINY
+from herd.model.swap import hold_blocks
+from herd.ops.native import kernels
+from herd.ops.pick import blocks_linear
+from herd.quant.int4 import quantize_int4, quantize_int8
+from herd.text.prompt import Prompt
+from herd.text.tokenizer import byte_tokenizer
+
+SMALL = replace(TINY, width=128, head_width=32, hidden_width=96, dense_width=160, vision=None)
+FAMILY = {
+    "scout": SMALL,
+    "maverick": replace(SMALL, moe_step=2, qk_norm=False, rope_scaling=None),
+    "dense": replace(SMALL, num_experts=0, global_step=None, temperature_tuning=False, tied=True),
+    "two experts": replace(SMALL, experts_per_token=2),
+    "unlimited": replace(SMALL, chunk_tokens=None),
+}
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
+
+
+def blocks_model(config: ModelConfig, seed: int = 0) -> Llama4:
+    """A random model whose matrices are blocks, embedding and head 8-bit."""
+    values = {name: tensor.clone() for name, tensor in init_weights(build(config, device="cpu"), seed, std=0.15).state_dict().items()}
+    blocks = {}
+    for name in values:
+        if name in ("embed.weight", "head.weight"):
+            blocks[name] = quantize_int8(values[name])
+        elif name.startswith("layers.") and "norm" not in name and "router" not in name:
+            blocks[name] = quantize_int4(values[name], with_minimum="attention" in name)
+    model = build(config)
+    hold_blocks(model, blocks)
+    model.load_state_dict(values | blocks, assign=True)
+    return model
+
+
+def logits_of(engine: Engine, sequences: list[Sequence], cuts: random.Random | None) -> dict[Sequence, list[torch.Tensor]]:
+    """Run to the end; the logits of every drawn token. cuts: choose a new size for every step."""
+    seen: dict[Sequence, list[torch.Tensor]] = {s: [] for s in sequences}
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+    runner = engine.runner
+
+    class Spy:
+        def see(self, plan):  # type: ignore[no-untyped-def]
+            self.plan = plan
+
+        def __call__(self, inputs):  # type: ignore[no-untyped-def]
+            logits = runner(inputs)
+            for sequence, row in zip(self.plan.due, logits, strict=True):
+                seen[sequence].append(row.clone())
+            return logits
+
+    engine.runner = Spy()  # type: ignore[assignment]
+    while not engine.scheduler.is_idle:
+        if cuts:
+            object.__setattr__(engine.config, "step_tokens", cuts.randint(4, 40))
+        engine.step()
+    return seen
+
+
+def start(model: Llama4, prompts: list[list[int]], max_tokens: int = 10) -> tuple[Engine, list[Sequence]]:
+    engine = Engine(model, byte_tokenizer(), EngineConfig(page_tokens=4, kv_gib=0.02, max_sequences=4))
+    sampling = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return engine, [engine.sequence(Prompt(tokens=p, loss_mask=[False] * len(p)), sampling, lambda event: None) for p in prompts]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_one_call_equals_the_forward(name: str) -> None:
+    """To a few parts in ten thousand: float32's rounding tips some activations from one of their 16-bit codes to the next."""
+    model = blocks_model(FAMILY[name])
+    rng = random.Random(1)
+    prompts = [[rng.randrange(256) for _ in range(n)] for n in (1, 2, 5, 15, 16, 17, 20, 25, 33, 40, 55, 70)]
+    errors = []
+    for is_whole in (True, False):
+        engine, sequences = start(model, prompts, max_tokens=1)
+        assert engine.runner.whole is not None
+        if not is_whole:
+            engine.runner.whole = None
+        errors.append(torch.stack([rows[0] for rows in logits_of(engine, sequences, random.Random(2)).values()]))
+    difference = (errors[0] - errors[1]).abs().amax(-1)
+    assert difference.median() < 1e-3 * errors[1].std()
+    assert difference.max() < 1e-2 * errors[1].std()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_tokens_logits_do_not_depend_on_its_batch(name: str) -> None:
+    """Alone, among others, prefilled in pieces of any size, with any number of threads: the same bits."""
+    model = blocks_model(FAMILY[name])
+    rng = random.Random(5)
+    prompt = [rng.randrange(256) for _ in range(50)]
+    engine, (alone,) = start(model, [prompt])
+    want = logits_of(engine, [alone], None)[alone]
+    native = kernels()
+    assert native
+    for seed in range(4):
+        native.use_threads(1 + seed % 3)
+        others = [[rng.randrange(256) for _ in range(rng.randint(1, 60))] for _ in range(3)]
+        engine, sequences = start(model, [*others[:2], prompt, others[2]])
+        found = logits_of(engine, sequences, random.Random(seed))[sequences[2]]
+        assert len(found) == len(want) and all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_batches_of_the_head_are_the_same_bits() -> None:
+    blocks = quantize_int8(torch.randn(64, 96))
+    x = torch.randn(16, 96)
+    assert torch.equal(blocks_linear(x, blocks)[3], blocks_linear(x[3:4], blocks)[0])

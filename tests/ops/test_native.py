@@ -1,0 +1,113 @@
+"""The native kernels against the plain definitions, on every instruction set that this machine has."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from herd.errors import UsageError
+from herd.ops.int4 import Kind, blocks_linear_plain, pack_int4, pack_int8, round_activations
+from herd.ops.native import Kernels, kernels
+
+KINDS = [Kind(4, 32), Kind(4, 32, True), Kind(4, 128), Kind(4, 128, True), Kind(8, 32)]
+
+
+@pytest.fixture
+def native() -> Iterator[Kernels]:
+    loaded = kernels()
+    if loaded is None:
+        pytest.skip("the native kernels are not built here")
+    before = loaded.path
+    yield loaded
+    loaded.use_path(before)
+    loaded.use_threads(1)
+
+
+def paths(native: Kernels) -> Iterator[str]:
+    """Every instruction set of this machine, chosen in turn."""
+    for path in ("portable", "avx2", "vnni"):
+        try:
+            native.use_path(path)
+        except UsageError:
+            continue
+        yield path
+
+
+def random_blocks(kind: Kind, *shape: int, seed: int = 0) -> torch.Tensor:
+    """Blocks of random codes, scales and minimums for a matrix [.., N, K]."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = (*shape[:-1], shape[-1] // kind.group)
+    scale = (torch.rand(groups, generator=generator) * 0.1).half()
+    if kind.bits == 8:
+        return pack_int8(torch.randint(-127, 128, shape, generator=generator).to(torch.int8), scale)
+    minimum = (-torch.rand(groups, generator=generator)).half() if kind.has_minimum else None
+    return pack_int4(torch.randint(0, 16, shape, generator=generator).to(torch.uint8), scale, minimum)
+
+
+@pytest.mark.parametrize("shape", [(8, 128), (24, 256), (88, 384), (576, 1536)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_products_equal_the_definition(native: Kernels, kind: Kind, shape: tuple[int, int]) -> None:
+    """Odd numbers of blocks, 1 to 64 tokens: within float32's rounding of the sum, and the same bits on every path and thread count."""
+    blocks = random_blocks(kind, *shape)
+    for tokens in (1, 2, 3, 5, 6, 7, 12, 13, 64):
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens)) * 3
+        want = blocks_linear_plain(x, blocks)
+        found = []
+        for _ in paths(native):
+            for threads in (1, 2, 3):
+                native.use_threads(threads)
+                found.append(native.product(x, blocks))
+        torch.testing.assert_close(found[0], want, rtol=1e-5, atol=2e-5 * float(want.abs().max()))
+        assert all(torch.equal(other, found[0]) for other in found)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_row_does_not_depend_on_its_batch(native: Kernels, kind: Kind) -> None:
+    blocks = random_blocks(kind, 104, 256)
+    x = torch.randn(40, 256)
+    for _ in paths(native):
+        whole = native.product(x, blocks)
+        for i in (0, 3, 17, 39):
+            assert torch.equal(native.product(x[i : i + 1], blocks)[0], whole[i])
+        assert torch.equal(native.product(x[5:18], blocks), whole[5:18])
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [0, 0, 0, 0], [64, 1, 0, 2]], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_experts_equal_one_product_each(native: Kernels, kind: Kind, counts: list[int]) -> None:
+    blocks = random_blocks(kind, 4, 40, 256)
+    x = torch.randn(sum(counts), 256)
+    for _ in paths(native):
+        found = native.product(x, blocks, torch.tensor(counts))
+        parts = [native.product(part, blocks[e]) for e, part in enumerate(torch.split(x, counts)) if len(part)]
+        assert torch.equal(found, torch.cat(parts) if parts else torch.empty(0, 40))
+
+
+def test_rounding_equals_the_definition(native: Kernels) -> None:
+    x = torch.randn(7, 256) * torch.logspace(-45, 30, 7)[:, None]
+    x[0, :32] = 0
+    x[1, 32:64] = 1e-45
+    x[2, 0] = 32384.0
+    x[2, 1:32] = torch.arange(31) * 1000 + 0.5  # halves go to even
+    codes, scales = round_activations(x)
+    for _ in paths(native):
+        assert all(torch.equal(a, b) for a, b in zip(native.round(x), (codes, scales), strict=True))
+
+
+def test_many_threads_may_call_at_once(native: Kernels) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    blocks = random_blocks(Kind(4, 32), 256, 512)
+    inputs = [torch.randn(1 + i % 9, 512) for i in range(40)]
+    native.use_threads(2)
+    want = [native.product(x, blocks) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda x: native.product(x, blocks), inputs * 5))
+    assert all(torch.equal(a, b) for a, b in zip(found, want * 5, strict=True))
+
+
+def test_a_path_that_is_not_there_is_refused(native: Kernels) -> None:
+    with pytest.raises(UsageError, match="neon"):
+        native.use_path("neon")
+    with pytest.raises(UsageError, match="0"):
+        native.use_threads(0)
