@@ -81,6 +81,10 @@ def open_source(path: Path) -> Source:
     """Open a checkpoint of any format. Raises `ModelNotFound` when nothing is there, `CheckpointError` when it is not one."""
     try:
         return _open(path)
+    except CheckpointError as error:
+        if path.name in error.message:
+            raise
+        raise CheckpointError(f"{path}: {error.message}", error.hint) from error
     except HerdError:
         raise
     except Exception as error:  # readers say what is wrong where they can; a broken file may make them stumble over anything

@@ -11,7 +11,7 @@ import torch
 
 import herd
 from herd.chat import ChatRequest, Done, Message, Sampling, Text
-from herd.engine.local import Local, Model
+from herd.engine.local import Local, Model, short_name
 from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError
 from herd.text.prompt import Prompt
 
@@ -208,3 +208,11 @@ def test_fields_of_the_wrong_type_are_refused_and_harm_nobody(tiny: Model, field
     with pytest.raises(UsageError, match=next(iter(fields))):
         tiny.generate("hi", **{"temperature": 1, **fields})
     assert tiny.generate("hi", max_tokens=2).tokens
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("cria", "cria"), ("models/llama-4.1", "llama-4.1"), ("models/x.gguf", "x"), ("/a/Llama-4-Scout/", "Llama-4-Scout")]
+)
+def test_models_are_called_by_the_last_part_of_their_path(path: str, name: str) -> None:
+    assert short_name(path) == name
+    assert short_name(".")
