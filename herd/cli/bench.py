@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from tyro.conf import Positional, arg
 
 from herd.engine.config import EngineConfig
@@ -28,6 +29,8 @@ class Options:
 
 def run(options: Options) -> int:
     engine: Engine = open_engine(options.model, config=options.engine)
+    if engine.runner.whole is not None:
+        torch.set_num_threads(1)  # as in the engine's own thread: what is left to torch is small, and a second pool fights for the cores
     speed = measure(engine, prefill=options.prefill, decode=options.decode, batch=options.batch, rounds=options.rounds)
     if options.json:
         fields = {

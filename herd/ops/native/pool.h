@@ -65,7 +65,7 @@ class Pool {
   }
 
  private:
-  static constexpr int kSpins = 4000;  // tens of microseconds: longer than the gap between two products of a step
+  static constexpr int kSpins = 20000;  // some hundred microseconds: longer than the gap between two products of a step
 
   bool take(int worker) {
     uint64_t open = open_.load(std::memory_order_acquire);
