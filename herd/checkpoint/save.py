@@ -47,6 +47,7 @@ def staged(dst: Path, num_bytes: int, *, is_folder: bool = True) -> Iterator[Pat
     free = shutil.disk_usage(dst.parent).free
     if free < num_bytes:
         raise ResourceError(f"{dst} needs {num_bytes:,} bytes; {free:,} are free on its disk", "free some space or write elsewhere")
+    dst = dst.absolute()  # "." has no name to add to
     partial = dst.with_name(f"{dst.name}.partial-{os.getpid()}")
     remove(partial)
     try:

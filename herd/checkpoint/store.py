@@ -31,7 +31,10 @@ def resolve(model: str) -> Path:
         raise ModelNotFound("tiny is made in memory, from random numbers, and has no path", "`open_model` and `load_model` take its name")
     if model in PRESETS:
         raise ModelNotFound(f"{model} names a model whose weights herd may not bring", _META_WEIGHTS)
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:
+        raise ModelNotFound(f"{model} does not exist: there is no such user", "give the path of a checkpoint") from error
     if path.exists():
         return path
     if path.name != model:  # it was meant as a path

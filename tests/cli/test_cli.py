@@ -183,9 +183,22 @@ def test_what_follows_two_dashes_is_taken_as_it_is(capsys: pytest.CaptureFixture
 
 def test_disks_and_paths_end_in_two_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for args in (("convert", "tiny", str(tmp_path / "file" / "x"), "--to", "herd"), ("inspect", "/dev/null"), ("inspect", "x" * 300)):
+    for args in (
+        ("convert", "tiny", str(tmp_path / "file" / "x"), "--to", "herd"),
+        ("inspect", "/dev/null"),
+        ("inspect", "x" * 300),
+        ("inspect", "~nobody-here/x"),
+    ):
         code, out, err = run(capsys, *args)
         assert code in (1, 2) and out == "" and err.startswith("error: ") and "hint: " in err, err
+
+
+def test_convert_into_the_folder_that_one_is_in(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "convert", "tiny", ".", "--to", "herd")[0] == 0
+    assert open_source(tmp_path).config.num_layers == 4
 
 
 def test_bad_images(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
