@@ -25,26 +25,29 @@ _ACCEPTED = (
 )
 
 
-def load_model(model: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Llama4, Source]:
+def load_model(
+    model: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", activation_bits: int = 0
+) -> tuple[Llama4, Source]:
     """A model with its weights, and the source they came from (its config and tokenizer files).
 
     model: a path or a short name ("cria", "tiny").  dtype: of the weights; by default float32 on a CPU, whose bfloat16 arithmetic is
     hundreds of times slower, and the checkpoint's own elsewhere. Weights that need no change are mapped, not copied. Blocks of 4 and 8
     bits stay blocks on a CPU with the native kernels, unless a dtype is asked for; else they are dequantized.
+    activation_bits: what blocks are multiplied with, see `hold_blocks`.
     """
     source = open_model(model)
     is_cpu = torch.device(device).type == "cpu"
     holds_blocks = dtype is None and is_cpu and kernels() is not None
     if dtype is None:
         dtype = torch.float32 if is_cpu else source.dtype
-    return fill(source, dtype, device, holds_blocks=holds_blocks), source
+    return fill(source, dtype, device, holds_blocks=holds_blocks, activation_bits=activation_bits), source
 
 
-def fill(source: Source, dtype: torch.dtype, device: str = "cpu", *, holds_blocks: bool = False) -> Llama4:
+def fill(source: Source, dtype: torch.dtype, device: str = "cpu", *, holds_blocks: bool = False, activation_bits: int = 0) -> Llama4:
     """A model with the weights of a source, every parameter set exactly once. holds_blocks: matrices that are blocks stay so."""
     model = build(source.config, dtype=dtype)
     blocks = _blocks(source) if holds_blocks else {}
-    hold_blocks(model, blocks)
+    hold_blocks(model, blocks, activation_bits)
     tensors = {name: blocks[name] if name in blocks else _materialize(stored, dtype, device) for name, stored in source.tensors.items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model

@@ -1,6 +1,7 @@
 """The choices of an engine, with defaults that work on a laptop."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from herd.errors import UsageError
 
@@ -14,12 +15,18 @@ class EngineConfig:
     max_sequences: int = 16  # sequences that are computed at once; more wait
     step_tokens: int = 512  # tokens of one step: every decoding sequence takes one, prefill gets the rest
     page_tokens: int = 16  # tokens per page; must divide the model's chunk
+    kv: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # numbers that keys and values are kept in; auto: those of the computation
+    activation_bits: Literal[0, 8, 16] = 0  # that 4-bit and 8-bit weights meet on a CPU; 0: 8 in wide models, 16 in narrow ones
     threads: int = 0  # CPU threads of the native kernels; 0: as many as this process may use
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "step_tokens", "page_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1", param=name)
+        if self.kv not in ("auto", "fp32", "bf16", "int8"):
+            raise UsageError(f"kv is {self.kv!r}; it must be auto, fp32, bf16 or int8", param="kv")
+        if self.activation_bits not in (0, 8, 16):
+            raise UsageError(f"activation_bits is {self.activation_bits}; it must be 8, 16, or 0 for what suits the model", param="activation_bits")
         if self.threads < 0:
             raise UsageError(f"threads is {self.threads}; it must be 0 (all) or more", param="threads")
         if self.context_tokens is not None and self.context_tokens < 2:

@@ -18,6 +18,7 @@ class Inputs:
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     rows: Tensor  # [n] which of T give logits
+    starts: list[int]  # position of each sequence's first new token
     attend: Paged
     features: Tensor | None  # [n, D] of images
     patches: Tensor  # [n] which of the T they replace
@@ -25,7 +26,7 @@ class Inputs:
 
 def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
     """Lay the pieces of `plan` end to end. Features of their images must have been made."""
-    device = pages.keys[0].device
+    device = pages.device
     pieces = plan.pieces
     tokens = [token for p in pieces for token in p.sequence.tokens[p.start : p.stop]]
     positions = [position for p in pieces for position in range(p.start, p.stop)]
@@ -46,9 +47,9 @@ def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
         tokens=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
         rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        starts=[p.start for p in pieces],
         attend=Paged(
-            pages.keys,
-            pages.values,
+            pages.layers,
             [p.stop - p.start for p in pieces],
             local=reach(pieces, pages, model.chunk_tokens, is_local=True) if model.local_layers else None,
             full=reach(pieces, pages, None, is_local=False) if model.global_layers else None,
@@ -59,13 +60,10 @@ def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
 
 
 def reach(pieces: list[Piece], pages: Pages, chunk_tokens: int | None, *, is_local: bool) -> Reach:
-    """Slots that the pieces write and read in one kind of layer."""
-    device = pages.keys[0].device
-    read, write = [], []
-    for piece in pieces:
-        origin = piece.start // chunk_tokens * chunk_tokens if chunk_tokens else 0
-        table = piece.sequence.local_table if is_local else piece.sequence.full_table
-        slots = pages.slots(table, piece.stop - origin)
-        read.append(slots.to(device))
-        write.append(slots[piece.start - origin :])
-    return Reach(write=torch.cat(write).to(device), read=read)
+    """What the pieces see in one kind of layer."""
+    origins = [piece.start // chunk_tokens * chunk_tokens if chunk_tokens else 0 for piece in pieces]
+    return Reach(
+        tables=[piece.sequence.local_table if is_local else piece.sequence.full_table for piece in pieces],
+        lengths=[piece.stop - origin for piece, origin in zip(pieces, origins, strict=True)],
+        page_tokens=pages.page_tokens,
+    )

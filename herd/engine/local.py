@@ -280,5 +280,5 @@ def short_name(name: str | Path) -> str:
 def open_engine(name: str | Path, *, config: EngineConfig, dtype: torch.dtype | None = None, device: str | None = None) -> Engine:
     """The engine of a model, not yet running: for who wants to step it himself. Arguments and errors as for `load`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, source = load_model(name, dtype=dtype, device=device)
+    model, source = load_model(name, dtype=dtype, device=device, activation_bits=config.activation_bits)
     return Engine(model, tokenizer_of(source.files), config)

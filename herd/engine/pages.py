@@ -13,6 +13,9 @@ from torch import Tensor
 from herd.engine.config import EngineConfig
 from herd.errors import UsageError
 from herd.model.config import ModelConfig
+from herd.ops.attend import Slots
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 class PagePool:
@@ -51,7 +54,7 @@ class Capacity:
                 "choose a page_tokens that divides it",
                 param="page_tokens",
             )
-        page_bytes = 2 * model.num_kv_heads * model.head_width * dtype.itemsize * config.page_tokens  # of one layer
+        page_bytes = Slots.token_bytes(model.num_kv_heads, model.head_width, dtype) * config.page_tokens  # of one layer
         budget = int(config.kv_gib * 2**30)
 
         def needed(tokens: int) -> tuple[int, int]:
@@ -91,20 +94,15 @@ class Pages:
     """Keys and values of all layers, and the free pages of both kinds."""
 
     def __init__(self, model: ModelConfig, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        dtype = _DTYPES.get(config.kv, dtype)
         self.capacity = Capacity.of(model, config, dtype)
         self.page_tokens = config.page_tokens
         self.full = PagePool(self.capacity.full_pages)
         self.local = PagePool(self.capacity.local_pages)
 
-        def slots(layer: int) -> Tensor:
-            """[slots, G, K]. `empty`: the system hands out memory when a page is first written."""
+        def room(layer: int) -> Slots:
             num_pages = self.local.num_pages if model.is_local(layer) else self.full.num_pages
-            return torch.empty(num_pages * config.page_tokens, model.num_kv_heads, model.head_width, dtype=dtype, device=device)
+            return Slots.empty(num_pages * config.page_tokens, model.num_kv_heads, model.head_width, dtype=dtype, device=device)
 
-        self.keys = [slots(layer) for layer in range(model.num_layers)]
-        self.values = [slots(layer) for layer in range(model.num_layers)]
-
-    def slots(self, table: list[int], count: int) -> Tensor:
-        """The first `count` slots of the pages in `table`, in order: [count] int64."""
-        pages = torch.tensor(table[: -(-count // self.page_tokens)], dtype=torch.int64)
-        return (pages[:, None] * self.page_tokens + torch.arange(self.page_tokens)).flatten()[:count]
+        self.layers = [room(layer) for layer in range(model.num_layers)]
+        self.device = device

@@ -3,6 +3,9 @@
 `Llama4.forward` is the definition; this builds the table of pointers that `ops/native/step.inl` walks, and a test holds the two equal.
 """
 
+from array import array
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,9 +13,9 @@ from torch import Tensor
 
 from herd.engine.inputs import Inputs
 from herd.engine.pages import Pages
-from herd.model.attention import Places
 from herd.model.llama4 import Block, Llama4
 from herd.model.moe import MoE
+from herd.model.rope import frequencies
 from herd.model.swap import BlocksExperts, BlocksLinear
 from herd.ops.attend import Reach
 from herd.ops.native import Kernels, kernels, tables
@@ -26,6 +29,11 @@ class WholeStep:
         c = model.config
         self._layers = (tables.Layer * c.num_layers)(*(_layer(block, i, pages) for i, block in enumerate(model.layers)))  # type: ignore[arg-type]
         qk_norm_eps = c.norm_eps if c.qk_norm else 0.0
+        bits = model.layers[0].attention.q.bits  # type: ignore[union-attr]
+        self._head = model.embed if model.head is None else model.head
+        self._embeds, self._heads = (isinstance(part, BlocksLinear) for part in (model.embed, self._head))
+        matrices = [tables.Matrix.of(part.weight) if isinstance(part, BlocksLinear) else tables.Matrix() for part in (model.embed, self._head)]
+        self._frequencies = frequencies(c.head_width, c.rope_theta, c.rope_scaling).double()  # [K/2]
         self._table = tables.Model(
             c.width,
             c.num_heads,
@@ -34,9 +42,16 @@ class WholeStep:
             c.num_experts,
             c.experts_per_token if c.num_experts else 0,
             c.num_layers,
+            bits // 8,
             c.norm_eps,
             qk_norm_eps,
+            0,
+            self._frequencies.data_ptr(),
+            c.temperature_scale if c.temperature_tuning else 0.0,
+            c.temperature_floor,
             self._layers,
+            model.norm.weight.data_ptr(),
+            *matrices,
         )
         self._kept = (model, pages)  # the table holds only addresses
 
@@ -44,30 +59,42 @@ class WholeStep:
     def bind(model: Llama4, pages: Pages) -> "WholeStep | None":
         """The native form of `model`, or None where a part of it cannot run natively."""
         native = kernels()
-        if native is None or model.norm.weight.device.type != "cpu" or model.config.head_width % 8:
+        if native is None or model.norm.weight.device.type != "cpu" or model.config.head_width % 16:
             return None
-        floats = [model.norm.weight.dtype, pages.keys[0].dtype]
-        if any(dtype != torch.float32 for dtype in floats) or not all(_is_blocks(block) for block in model.layers):
+        if model.norm.weight.dtype != torch.float32 or not all(_is_blocks(block) for block in model.layers):
             return None
         return WholeStep(model, pages, native)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """What `model.forward` gives for a step's inputs: logits of the wanted rows, [n, V] float32."""
-        x = self.model.embed(inputs.tokens).float()
-        if inputs.features is not None:
-            x = x.index_copy(0, inputs.patches, inputs.features.float())
-        x = x.contiguous()
-        places = Places.of(self.model.config, inputs.positions)
-        cos, sin, temperature = (t.contiguous() for t in (places.cos, places.sin, places.temperature))
-        counts = torch.tensor(inputs.attend.counts)
+        embeds = self._embeds and inputs.features is None
+        if embeds:
+            x = torch.empty(len(inputs.tokens), self.model.config.width)
+        else:
+            x = self.model.embed(inputs.tokens).float()
+            if inputs.features is not None:
+                x = x.index_copy(0, inputs.patches, inputs.features.float())
+            x = x.contiguous()
+        logits = torch.empty(len(inputs.rows), self.model.config.vocab_size) if self._heads and len(inputs.rows) else None
+        counts, starts = numbers(inputs.attend.counts), numbers(inputs.starts)
         local, local_kept = _reach(inputs.attend.local)
         full, full_kept = _reach(inputs.attend.full)
         step = tables.Step(
-            len(x), len(counts), counts.data_ptr(), cos.data_ptr(), sin.data_ptr(), temperature.data_ptr(), local, full, x.data_ptr()
+            len(x),
+            len(inputs.starts),
+            address(counts),
+            address(starts),
+            local,
+            full,
+            inputs.tokens.data_ptr() if embeds else None,
+            x.data_ptr(),
+            len(inputs.rows),
+            inputs.rows.data_ptr(),
+            None if logits is None else logits.data_ptr(),
         )
         self.native.step(self._table, step)
         del local_kept, full_kept
-        return self.model.logits(x[inputs.rows])
+        return self.model.logits(x[inputs.rows]) if logits is None else logits
 
 
 def _is_blocks(block: torch.nn.Module) -> bool:
@@ -89,15 +116,23 @@ def _layer(block: Block, index: int, pages: Pages) -> tables.Layer:
         *(tables.Matrix.of(linear.weight) for linear in weights),
         *experts,
         moe.router.weight.data_ptr() if moe else None,
-        pages.keys[index].data_ptr(),
-        pages.values[index].data_ptr(),
+        tables.Pages.of(pages.layers[index]),
         attention.is_local,
     )
 
 
-def _reach(reach: Reach | None) -> tuple[tables.Reach, tuple[Tensor, ...]]:
-    """The table, and the tensors that must outlive it."""
+def _reach(reach: Reach | None) -> "tuple[tables.Reach, list[array[int]]]":
+    """The table, and the arrays that must outlive it."""
     if reach is None:
-        return tables.Reach(), ()
-    read, lengths = torch.cat(reach.read), torch.tensor([len(slots) for slots in reach.read])
-    return tables.Reach(reach.write.data_ptr(), read.data_ptr(), lengths.data_ptr()), (reach.write, read, lengths)
+        return tables.Reach(), []
+    kept = [numbers(chain.from_iterable(reach.tables)), numbers(map(len, reach.tables)), numbers(reach.lengths)]
+    return tables.Reach(*map(address, kept), reach.page_tokens), kept
+
+
+def numbers(values: Iterable[int]) -> "array[int]":
+    """int64, end to end."""
+    return array("q", values)
+
+
+def address(values: "array[int]") -> int:
+    return values.buffer_info()[0]

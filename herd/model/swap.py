@@ -23,13 +23,15 @@ def swap(model: nn.Module, name: str, module: nn.Module) -> None:
 class BlocksLinear(nn.Module):
     """`nn.Linear` without bias whose weight is blocks."""
 
-    def __init__(self, blocks: Tensor) -> None:
+    def __init__(self, blocks: Tensor, bits: int = 16) -> None:
+        """bits: of the activations that the blocks are multiplied with, 8 or 16."""
         super().__init__()
+        self.bits = bits
         self.weight = nn.Buffer(blocks)  # [N/8, K/g, B] uint8
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, K] -> [T, N]."""
-        return blocks_linear(x, self.weight)
+        return blocks_linear(x, self.weight, bits=self.bits)
 
 
 class BlocksEmbedding(BlocksLinear):
@@ -43,32 +45,39 @@ class BlocksEmbedding(BlocksLinear):
 
     def logits(self, x: Tensor) -> Tensor:
         """x: [n, D] -> [n, V]."""
-        return blocks_linear(x, self.weight)
+        return blocks_linear(x, self.weight, bits=self.bits)
 
 
 class BlocksExperts(nn.Module):
     """`Experts` whose three tensors are blocks."""
 
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, bits: int = 16) -> None:
         super().__init__()
+        self.bits = bits
         self.gate, self.up, self.down = nn.Buffer(gate), nn.Buffer(up), nn.Buffer(down)  # [E, N/8, K/g, B] uint8
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x: [R, D] rows sorted by expert, counts: [E] rows of each -> [R, D]."""
-        hidden = F.silu(blocks_linear(x, self.gate, counts)) * blocks_linear(x, self.up, counts)
-        return blocks_linear(hidden, self.down, counts)
+        hidden = F.silu(blocks_linear(x, self.gate, counts, bits=self.bits)) * blocks_linear(x, self.up, counts, bits=self.bits)
+        return blocks_linear(hidden, self.down, counts, bits=self.bits)
 
 
-def hold_blocks(model: Llama4, blocks: Mapping[str, Tensor]) -> None:
+WIDE = 2048  # from this width on, a model bears activations of 8 bits
+
+
+def hold_blocks(model: Llama4, blocks: Mapping[str, Tensor], activation_bits: int = 0) -> None:
     """Give a model that has no values yet the blocks of some of its tensors, by their names in `state_dict`.
+
+    activation_bits: 8 or 16; 0 takes 8 for a wide model, whose outliers are spread over many columns, and 16 for a narrow one.
 
     What is no linear layer, embedding or group of experts, and experts of which only a part is blocks, cannot hold them.
     """
+    bits = activation_bits or (8 if model.config.width >= WIDE else 16)
     experts = {name.rpartition(".")[0] for name in blocks if ".experts." in name}
     for name in experts:
-        swap(model, name, BlocksExperts(*(blocks[f"{name}.{part}"] for part in ("gate", "up", "down"))))
+        swap(model, name, BlocksExperts(*(blocks[f"{name}.{part}"] for part in ("gate", "up", "down")), bits))
     for name, tensor in blocks.items():
         if ".experts." not in name:
             owner = name.removesuffix(".weight")
             assert isinstance(model.get_submodule(owner), nn.Linear | nn.Embedding), f"{name} cannot hold {kind_of(tensor)}"
-            swap(model, owner, BlocksEmbedding(tensor) if owner == "embed" else BlocksLinear(tensor))
+            swap(model, owner, (BlocksEmbedding if owner == "embed" else BlocksLinear)(tensor, bits))

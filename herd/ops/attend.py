@@ -77,32 +77,78 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Where the tokens of a step are written and what each run of them reads, for one kind of layer."""
+    """What each sequence of a step sees in one kind of layer. Its new tokens are the last that it sees, and are written there."""
 
-    write: Tensor  # [T] slot of each new token
-    read: list[Tensor]  # per sequence: slots of all its visible keys, oldest first, the new ones last
+    tables: list[list[int]]  # per sequence: the pages of all its visible keys, oldest first
+    lengths: list[int]  # per sequence: how many keys that are
+    page_tokens: int
+
+    def slots(self, device: torch.device) -> list[Tensor]:
+        """Per sequence: the slots of its visible keys, oldest first."""
+        found = []
+        for table, length in zip(self.tables, self.lengths, strict=True):
+            pages = torch.tensor(table[: -(-length // self.page_tokens)], dtype=torch.int64, device=device)
+            found.append((pages[:, None] * self.page_tokens + torch.arange(self.page_tokens, device=device)).flatten()[:length])
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Keys and values of one layer: in floats, or in int8 codes of -127..127 with one scale for each token and head."""
+
+    keys: Tensor  # [slots, G, K]
+    values: Tensor
+    key_scales: Tensor | None = None  # [slots, G] float32
+    value_scales: Tensor | None = None
+
+    @staticmethod
+    def empty(count: int, num_kv_heads: int, head_width: int, *, dtype: torch.dtype, device: torch.device) -> "Slots":
+        """Room for `count` tokens. `empty`: the system hands out memory when a slot is first written."""
+        made = [torch.empty(count, num_kv_heads, head_width, dtype=dtype, device=device) for _ in range(2)]
+        if dtype == torch.int8:
+            made += [torch.empty(count, num_kv_heads, device=device) for _ in range(2)]
+        return Slots(*made)
+
+    @staticmethod
+    def token_bytes(num_kv_heads: int, head_width: int, dtype: torch.dtype) -> int:
+        """Bytes of one token in one layer."""
+        return 2 * num_kv_heads * (head_width * dtype.itemsize + (4 if dtype == torch.int8 else 0))
+
+    def write(self, at: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v [n, G, K] into the slots `at` [n]."""
+        for x, out, scales in ((k, self.keys, self.key_scales), (v, self.values, self.value_scales)):
+            if scales is None:
+                out[at] = x.to(out.dtype)
+            else:
+                scale = x.float().abs().amax(-1) / 127  # [n, G]
+                inverse = 1 / scale
+                scales[at] = scale
+                out[at] = (x.float() * torch.where(inverse.isfinite(), inverse, 0)[..., None]).round().to(torch.int8)
+
+    def read(self, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values in the slots `at` [m], in order: [m, G, K] each."""
+        if self.key_scales is None or self.value_scales is None:
+            return self.keys[at].to(dtype), self.values[at].to(dtype)
+        return (self.keys[at] * self.key_scales[at][..., None]).to(dtype), (self.values[at] * self.value_scales[at][..., None]).to(dtype)
 
 
 class Paged:
     """Attention through pages: one pool of slots per layer, shared by all sequences."""
 
-    def __init__(
-        self, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[int], local: Reach | None, full: Reach | None
-    ) -> None:
-        """keys, values: per layer [slots, G, K], written in place.  counts: new tokens of each sequence, in packed order.
+    def __init__(self, slots: Sequence[Slots], counts: Sequence[int], local: Reach | None, full: Reach | None) -> None:
+        """slots: of each layer, written in place.  counts: new tokens of each sequence, in packed order.
 
         local, full: for local and for global layers; None where the model has none.
         """
-        self.keys, self.values, self.counts, self.local, self.full = keys, values, list(counts), local, full
+        self.slots, self.counts, self.local, self.full = slots, list(counts), local, full
+        self._seen: dict[bool, list[Tensor]] = {}  # slots, by whether layers are local: the same in all of a kind
 
     def __call__(self, layer: int, is_local: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        reach = self.local if is_local else self.full
-        assert reach is not None
-        keys, values = self.keys[layer], self.values[layer]
-        keys[reach.write] = k.to(keys.dtype)
-        values[reach.write] = v.to(values.dtype)
-        outs = [
-            causal(part, keys[slots].to(q.dtype), values[slots].to(q.dtype))
-            for part, slots in zip(torch.split(q, self.counts), reach.read, strict=True)
-        ]
+        if is_local not in self._seen:
+            reach = self.local if is_local else self.full
+            assert reach is not None
+            self._seen[is_local] = reach.slots(q.device)
+        seen, slots = self._seen[is_local], self.slots[layer]
+        slots.write(torch.cat([s[len(s) - count :] for s, count in zip(seen, self.counts, strict=True)]), k, v)
+        outs = [causal(part, *slots.read(s, q.dtype)) for part, s in zip(torch.split(q, self.counts), seen, strict=True)]
         return outs[0] if len(outs) == 1 else torch.cat(outs)

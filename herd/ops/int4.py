@@ -22,7 +22,7 @@ from torch import Tensor
 
 ROWS = 8  # rows of one block
 ACTIVATION_GROUP = 32  # columns of the input that share a scale
-LARGEST = 254 * 127 + 126  # code of the largest activation: two 8-bit codes side by side, 254 * high + low
+LARGEST = {8: 127, 16: 254 * 127 + 126}  # code of the largest activation; 16 bits are two 8-bit codes, 254 * high + low
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,26 +138,26 @@ def dequantize(blocks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return values.flatten(-2).to(dtype)
 
 
-def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, K] -> codes [T, K] int16 and scale [T, K / 32] float32, scale = largest magnitude / 32,384 of every 32 columns.
+def round_activations(x: Tensor, bits: int = 16) -> tuple[Tensor, Tensor]:
+    """x [T, K] -> codes [T, K] int16 and scale [T, K / 32] float32: largest magnitude / 127 or 32,384 of every 32 columns.
 
-    Sixteen bits, not eight: with eight, the rounding of activations moves logits more than four-bit weights of a small model can bear.
+    With eight bits a product costs half the arithmetic; in a small model their rounding moves logits more than its weights can bear.
 
     Where 1 / scale is not finite (all zeros, or next to nothing) the codes are 0.
     """
     groups = torch.unflatten(x.float(), -1, (-1, ACTIVATION_GROUP))
-    scale = groups.abs().amax(-1) / LARGEST
+    scale = groups.abs().amax(-1) / LARGEST[bits]
     inverse = 1 / scale
     inverse = torch.where(inverse.isfinite(), inverse, 0)
     return (groups * inverse[..., None]).round().to(torch.int16).flatten(-2), scale
 
 
-def blocks_linear_plain(x: Tensor, blocks: Tensor) -> Tensor:
-    """The definition: x [T, K], rounded to 16 bits, times the transpose of blocks [N / 8, K / g, B] -> [T, N] float32.
+def blocks_linear_plain(x: Tensor, blocks: Tensor, bits: int = 16) -> Tensor:
+    """The definition: x [T, K], rounded to 8 or 16 bits, times the transpose of blocks [N / 8, K / g, B] -> [T, N] float32.
 
     In exact integers this is, for every 32 columns, scale_w * scale_x * (codes of w . codes of x) + minimum * scale_x * sum(codes of x).
     Here everything is float64, where that sum and the product of the two dequantized matrices are the same.
     """
-    codes, scale = round_activations(x)
+    codes, scale = round_activations(x, bits)
     rounded = torch.unflatten(codes.double(), -1, (-1, ACTIVATION_GROUP)) * scale.double()[..., None]
     return (rounded.flatten(-2) @ dequantize(blocks, torch.float64).T).float()

@@ -1,5 +1,7 @@
 """Which implementation of an op runs: decided here and nowhere else."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -7,20 +9,20 @@ from herd.ops.int4 import blocks_linear_plain, dequantize
 from herd.ops.native import kernels
 
 
-def blocks_linear(x: Tensor, blocks: Tensor, counts: Tensor | None = None) -> Tensor:
+def blocks_linear(x: Tensor, blocks: Tensor, counts: Tensor | None = None, *, bits: int = 16) -> Tensor:
     """x [T, K] times blocks [N/8, K/g, B] -> [T, N]; with counts [E], x sorted by expert times [E, N/8, K/g, B].
 
     | device | built | implementation |
     |---|---|---|
-    | CPU | native kernels | `herd.ops.native`, activations rounded to 16 bits |
+    | CPU | native kernels | `herd.ops.native`, activations rounded to `bits` |
     | CPU | none | `blocks_linear_plain`, the same rounding |
     | GPU | | dequantized for the moment of the product, nothing rounded |
     """
     if x.device.type == "cpu":
         native = kernels()
         if native is not None:
-            return native.product(x.float(), blocks, counts).type_as(x)
-    product = blocks_linear_plain if x.device.type == "cpu" else _dequantized_linear
+            return native.product(x.float(), blocks, counts, bits=bits).type_as(x)
+    product = partial(blocks_linear_plain, bits=bits) if x.device.type == "cpu" else _dequantized_linear
     if counts is None:
         return product(x, blocks).type_as(x)
     parts = torch.split(x, counts.tolist())

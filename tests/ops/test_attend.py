@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from herd.ops.attend import Packed, Paged, Reach, causal, causal_plain
+from herd.ops.attend import Packed, Paged, Reach, Slots, causal, causal_plain
 
 HEADS = [(1, 1), (4, 4), (6, 2), (5, 1)]  # of queries, of keys
 
@@ -99,14 +99,14 @@ class Served:
     done: int = 0
     outs: dict[bool, list[Tensor]] = field(default_factory=lambda: {True: [], False: []})
 
-    def runs(self, cut: int) -> tuple[range, list[int], list[int], list[int], list[int]]:
-        """The next at most `cut` positions, not past the border of a chunk; local and global slots to write and to read."""
+    def runs(self, cut: int) -> tuple[range, list[int], list[int]]:
+        """The next at most `cut` positions, not past the border of a chunk; local and global slots to read."""
         start = self.done
         border = (start // self.chunk + 1) * self.chunk
         new = range(start, min(start + cut, self.length, border))
         local = [self.ring[p % self.chunk] for p in range(start // self.chunk * self.chunk, new.stop)]
         self.done = new.stop
-        return new, local[-len(new) :], local, self.full[start : new.stop], self.full[: new.stop]
+        return new, local, self.full[: new.stop]
 
 
 @settings(deadline=None, max_examples=50)
@@ -131,9 +131,9 @@ def test_paged_equals_packed(lengths: list[int], chunk: int, heads: tuple[int, i
         runs = [served[i].runs(rng.choice([1, 2, 5, 25])) for i in step]
         rows = torch.tensor([starts[i] + p for i, (new, *_) in zip(step, runs, strict=True) for p in new])
         local, everything = (
-            Reach(torch.tensor([slot for run in runs for slot in run[w]]), [torch.tensor(run[w + 1]) for run in runs]) for w in (1, 3)
+            Reach([run[which] for run in runs], [len(run[which]) for run in runs], page_tokens=1) for which in (1, 2)
         )
-        attend = Paged(keys, values, [len(run[0]) for run in runs], local, everything)
+        attend = Paged([Slots(*pair) for pair in zip(keys, values, strict=True)], [len(run[0]) for run in runs], local, everything)
         for is_local, (q, k, v) in layers.items():
             out = attend(0 if is_local else 1, is_local, q[rows], k[rows], v[rows])
             for i, part in zip(step, out.split([len(run[0]) for run in runs]), strict=True):
@@ -145,10 +145,20 @@ def test_paged_equals_packed(lengths: list[int], chunk: int, heads: tuple[int, i
 
 def test_paged_keeps_the_dtype_of_the_queries_whatever_the_pages_are() -> None:
     q, k, v = qkv(3, 3, 4, 2, 8)
-    pages = [torch.zeros(9, 2, 8, dtype=torch.bfloat16)], [torch.zeros(9, 2, 8, dtype=torch.bfloat16)]
-    slots = torch.tensor([7, 2, 5])
-    reach = Reach(slots, [slots])
-    out = Paged(*pages, [3], reach, reach)(0, True, q, k, v)
+    slots = Slots(*torch.zeros(2, 9, 2, 8, dtype=torch.bfloat16))
+    reach = Reach([[7, 2, 5]], [3], page_tokens=1)
+    out = Paged([slots], [3], reach, reach)(0, True, q, k, v)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, causal(q, k.bfloat16().float(), v.bfloat16().float()))
-    assert (pages[0][0][[0, 1, 3, 4, 6, 8]] == 0).all(), "no slot but the three was written"
+    assert (slots.keys[[0, 1, 3, 4, 6, 8]] == 0).all(), "no slot but the three was written"
+
+
+def test_int8_pages_are_off_by_half_a_code_at_most() -> None:
+    """A code is a 127th of the largest number of a token and head."""
+    _, k, v = qkv(5, 5, 4, 2, 16)
+    k[1, 0] = 0
+    slots, at = Slots.empty(9, 2, 16, dtype=torch.int8, device=torch.device("cpu")), torch.tensor([7, 0, 2, 5, 8])
+    slots.write(at, k, v)
+    for x, found in zip((k, v), slots.read(at, torch.float32), strict=True):
+        assert ((found - x).abs() <= x.abs().amax(-1, keepdim=True) / 127 * 0.5001).all()
+    assert Slots.token_bytes(2, 16, torch.int8) == 2 * 2 * (16 + 4)

@@ -33,8 +33,8 @@ class Kernels:
         self._library.herd_path.restype = ctypes.c_char_p
         self._library.herd_use_path.argtypes = [ctypes.c_char_p]
         self._library.herd_use_threads.argtypes = [number]
-        self._library.herd_round.argtypes = [pointer, size, size, pointer, pointer]
-        self._library.herd_product.argtypes = [pointer, size, size, size, number, number, number, pointer, pointer, pointer]
+        self._library.herd_round.argtypes = [pointer, size, size, number, pointer, pointer]
+        self._library.herd_product.argtypes = [pointer, size, size, size, number, number, number, number, pointer, pointer, pointer]
         self.use_threads(default_threads())
 
     @property
@@ -53,16 +53,16 @@ class Kernels:
         if self._library.herd_use_threads(count):
             raise UsageError(f"threads is {count}; it must lie between 1 and 1024", param="threads")
 
-    def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def round(self, x: Tensor, bits: int = 16) -> tuple[Tensor, Tensor]:
         """`herd.ops.int4.round_activations`: [T, K] float32 -> codes [T, K] int16, scales [T, K/32] float32."""
         T, K = x.shape
         x = x.contiguous()
         codes, scales = torch.empty(T, K, dtype=torch.int16), torch.empty(T, K // 32)
-        _check(self._library.herd_round(x.data_ptr(), T, K, codes.data_ptr(), scales.data_ptr()))
+        _check(self._library.herd_round(x.data_ptr(), T, K, bits // 8, codes.data_ptr(), scales.data_ptr()))
         return codes, scales
 
-    def product(self, x: Tensor, blocks: Tensor, counts: Tensor | None = None) -> Tensor:
-        """x [R, K] float32 times blocks [N/8, K/g, B] -> [R, N]; or, sorted by expert, times [E, N/8, K/g, B] with counts [E] int64."""
+    def product(self, x: Tensor, blocks: Tensor, counts: Tensor | None = None, *, bits: int = 16) -> Tensor:
+        """x [R, K] float32, rounded to 8 or 16 bits, times blocks [N/8, K/g, B] -> [R, N]; or, sorted by expert, times [E, N/8, K/g, B] with counts [E] int64."""
         kind = kind_of(blocks)
         *experts, row_blocks, groups, _ = blocks.shape
         R, K = x.shape
@@ -82,6 +82,7 @@ class Kernels:
                 kind.group,
                 kind.bits,
                 kind.has_minimum,
+                bits // 8,
                 x.data_ptr(),
                 counts.data_ptr(),
                 y.data_ptr(),

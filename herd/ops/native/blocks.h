@@ -1,9 +1,12 @@
-// Products of 16-bit activations with 4-bit and 8-bit blocks. `herd/ops/int4.py` has the format and the definition.
+// Products of rounded activations with 4-bit and 8-bit blocks. `herd/ops/int4.py` has the format and the definition.
 //
 // A block holds 8 rows x g columns. One 32-byte vector holds, per row, 4 columns in the low nibbles and the next 4 in the high ones, so
 // that four bytes of activations, broadcast, meet all 8 rows at once and no sum runs across lanes. Integers are exact; floats are added
 // per row, group after group, with the same fused operations on every path. So a row's result depends on neither the tile it is
 // computed in, nor the number of threads, nor the instruction set.
+//
+// Activations lie in tiles of 8 tokens, group by group, so that a kernel walks them with one pointer. An activation of 8 bits is one
+// code, one of 16 bits two: kRadix * high + low.
 #pragma once
 
 #include <cmath>
@@ -19,11 +22,11 @@
 
 namespace herd {
 
-constexpr int kRows = 8;    // rows of a block
-constexpr int kGroup = 32;  // columns that share a scale of the activations
-constexpr int kTile = 4;    // tokens per pass over a block
-constexpr int kRadix = 254;  // an activation is kRadix * high + low, both in -127 .. 127
-constexpr float kLargest = kRadix * 127 + 126;
+constexpr int kRows = 8;     // rows of a block
+constexpr int kGroup = 32;   // columns that share a scale of the activations
+constexpr int kTile = 8;     // tokens of a tile
+constexpr int kRadix = 254;  // an activation of 16 bits is kRadix * high + low, both in -127 .. 127
+constexpr int kLargest[] = {0, 127, kRadix * 127 + 126};  // code of the largest activation, by its number of parts
 
 struct Blocks {  // one matrix [rows, columns]
   const uint8_t* data;
@@ -36,10 +39,17 @@ struct Blocks {  // one matrix [rows, columns]
   int64_t row_bytes() const { return columns / group * block_bytes(); }  // of 8 rows
 };
 
-struct Rounded {  // activations [tokens, columns], rounded to 16 bits in groups of 32
-  const int8_t* codes;  // [tokens, columns / 32, 64]: 32 high parts, 32 low parts
-  const float* scales;  // [tokens, columns / 32]
-  const float* sums;    // [tokens, columns / 32], scale * sum of activations
+struct Rounded {  // activations [tokens, columns] in groups of 32
+  const int8_t* codes;   // [tokens / 8, columns / 32, parts, 8, 32]: with two parts, the high ones first
+  const float* scales;   // [tokens / 8, columns / 32, 8]
+  const float* sums;     // [tokens / 8, columns / 32, 8], scale * total
+  const int32_t* totals;  // [tokens / 8, columns / 32, 8], the sum of the activations' codes
+  int parts;             // 1: 8 bits, 2: 16 bits
+
+  Rounded tile(int64_t index, int64_t columns) const {
+    const int64_t at = index * (columns / kGroup) * kTile;
+    return {codes + at * parts * kGroup, scales + at, sums + at, totals + at, parts};
+  }
 };
 
 inline float half_to_float(uint16_t h) {
@@ -57,9 +67,9 @@ inline float half_to_float(uint16_t h) {
   return out;
 }
 
-// --- portable: the same integers and the same fused additions, one by one
+// --- portable: the same integers and the same fused additions, one by one. x is one tile, of which `count` tokens are wanted.
 
-inline void tile_portable(const Blocks& w, int64_t row_block, const Rounded& x, int64_t token, int count, float* y, int64_t stride) {
+inline void tile_portable(const Blocks& w, int64_t row_block, const Rounded& x, int count, float* y, int64_t stride) {
   const int64_t groups = w.columns / kGroup;
   const int per_block = w.group / kGroup;
   for (int t = 0; t < count; ++t) {
@@ -68,12 +78,12 @@ inline void tile_portable(const Blocks& w, int64_t row_block, const Rounded& x, 
       const uint8_t* block = w.data + row_block * w.row_bytes() + g / per_block * w.block_bytes();
       const uint8_t* codes = block + (g % per_block) * (kRows * kGroup * w.bits / 8);
       const uint16_t* halves = reinterpret_cast<const uint16_t*>(block + w.codes_bytes());
-      const int8_t* q = x.codes + ((token + t) * groups + g) * 2 * kGroup;
-      const float scale_x = x.scales[(token + t) * groups + g], sum_x = x.sums[(token + t) * groups + g];
+      const int8_t* q = x.codes + (g * x.parts * kTile + t) * kGroup;
+      const float scale_x = x.scales[g * kTile + t], sum_x = x.sums[g * kTile + t];
       for (int r = 0; r < kRows; ++r) {
-        int32_t dot = 0;
+        int32_t dot = w.bits == 4 && !w.has_minimum ? -8 * x.totals[g * kTile + t] : 0;
         for (int c = 0; c < kGroup; ++c) {
-          const int32_t activation = kRadix * q[c] + q[kGroup + c];
+          const int32_t activation = x.parts == 1 ? q[c] : kRadix * q[c] + q[kTile * kGroup + c];
           if (w.bits == 4) {
             const uint8_t byte = codes[c / 8 * 32 + r * 4 + c % 4];
             dot += int32_t(c % 8 < 4 ? byte & 15 : byte >> 4) * activation;
@@ -81,12 +91,11 @@ inline void tile_portable(const Blocks& w, int64_t row_block, const Rounded& x, 
             dot += int32_t(int8_t(codes[c / 4 * 32 + r * 4 + c % 4])) * activation;
           }
         }
-        const float scale = half_to_float(halves[r]);
-        acc[r] = std::fma(float(dot), scale * scale_x, acc[r]);
-        if (w.bits == 4) acc[r] = std::fma(w.has_minimum ? half_to_float(halves[kRows + r]) : -8.0f * scale, sum_x, acc[r]);
+        acc[r] = std::fma(float(dot), half_to_float(halves[r]) * scale_x, acc[r]);
+        if (w.has_minimum) acc[r] = std::fma(half_to_float(halves[kRows + r]), sum_x, acc[r]);
       }
     }
-    for (int r = 0; r < kRows; ++r) y[(token + t) * stride + row_block * kRows + r] = acc[r];
+    for (int r = 0; r < kRows; ++r) y[t * stride + row_block * kRows + r] = acc[r];
   }
 }
 
@@ -98,10 +107,12 @@ inline int32_t four(const int8_t* q) {
   return out;
 }
 
+constexpr int kAhead = 2048;  // bytes to fetch before they are needed
+
 // --- AVX2: at most 8 sums of 15 * 127 * 2 are added in 16 bits, 30,480 < 32,768
 
-template <int T, int Bits, bool HasMinimum>
-HERD_AVX2 void tile_avx2(const Blocks& w, int64_t row_block, const Rounded& x, int64_t token, float* y, int64_t stride) {
+template <int T, int Bits, bool HasMinimum, int Parts>
+HERD_AVX2 void tile_avx2(const Blocks& w, int64_t row_block, const Rounded& x, int first, int count, float* y, int64_t stride) {
   const int64_t groups = w.columns / kGroup;
   const int per_block = w.group / kGroup;
   const int64_t codes_bytes = w.codes_bytes(), block_bytes = w.block_bytes();
@@ -109,156 +120,174 @@ HERD_AVX2 void tile_avx2(const Blocks& w, int64_t row_block, const Rounded& x, i
   const __m256i ones = _mm256_set1_epi16(1), radix = _mm256_set1_epi16(kRadix), low = _mm256_set1_epi8(15);
   __m256 acc[T];
   for (int t = 0; t < T; ++t) acc[t] = _mm256_setzero_ps();
-  const int8_t* q0 = x.codes + token * w.columns * 2;
-  const float* scales = x.scales + token * groups;
-  const float* sums = x.sums + token * groups;
+  const int8_t* q0 = x.codes + first * kGroup;
+  const float *scales = x.scales + first, *sums = x.sums + first;
+  const int32_t* totals = x.totals + first;
   for (int64_t g = 0; g < groups; block += block_bytes) {
-    _mm_prefetch(reinterpret_cast<const char*>(block + 2048), _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(block + 2112), _MM_HINT_T0);
+    for (int ahead = kAhead; ahead < kAhead + block_bytes; ahead += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(block + ahead), _MM_HINT_T0);
     const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + codes_bytes)));
     __m256 minimum = _mm256_setzero_ps();
-    if (Bits == 4)
-      minimum = HasMinimum ? _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + codes_bytes + 16)))
-                           : _mm256_mul_ps(scale, _mm256_set1_ps(-8.0f));
-    for (int part = 0; part < per_block; ++part, ++g) {
+    if (HasMinimum) minimum = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + codes_bytes + 16)));
+    for (int part = 0; part < per_block; ++part, ++g, q0 += Parts * kTile * kGroup, scales += kTile, sums += kTile, totals += kTile) {
       const __m256i* codes = reinterpret_cast<const __m256i*>(block + part * (kRows * kGroup * Bits / 8));
       __m256i total[T];
       if (Bits == 4) {
-        __m256i high[T], rest[T];
+        __m256i dots[T][Parts];
         for (int v = 0; v < 4; ++v) {
           const __m256i both = _mm256_loadu_si256(codes + v);
           const __m256i a = _mm256_and_si256(both, low), b = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-          for (int t = 0; t < T; ++t) {
-            const int8_t* q = q0 + (t * groups + g) * 2 * kGroup + v * 8;
-            const __m256i h = _mm256_add_epi16(_mm256_maddubs_epi16(a, _mm256_set1_epi32(four(q))),
-                                               _mm256_maddubs_epi16(b, _mm256_set1_epi32(four(q + 4))));
-            const __m256i l = _mm256_add_epi16(_mm256_maddubs_epi16(a, _mm256_set1_epi32(four(q + kGroup))),
-                                               _mm256_maddubs_epi16(b, _mm256_set1_epi32(four(q + kGroup + 4))));
-            high[t] = v ? _mm256_add_epi16(high[t], h) : h;
-            rest[t] = v ? _mm256_add_epi16(rest[t], l) : l;
-          }
+          for (int t = 0; t < T; ++t)
+            for (int p = 0; p < Parts; ++p) {
+              const int8_t* q = q0 + (p * kTile + t) * kGroup + v * 8;
+              const __m256i d = _mm256_add_epi16(_mm256_maddubs_epi16(a, _mm256_set1_epi32(four(q))),
+                                                 _mm256_maddubs_epi16(b, _mm256_set1_epi32(four(q + 4))));
+              dots[t][p] = v ? _mm256_add_epi16(dots[t][p], d) : d;
+            }
         }
-        for (int t = 0; t < T; ++t) total[t] = _mm256_add_epi32(_mm256_madd_epi16(high[t], radix), _mm256_madd_epi16(rest[t], ones));
+        for (int t = 0; t < T; ++t) {
+          total[t] = _mm256_madd_epi16(dots[t][0], Parts == 1 ? ones : radix);
+          if (Parts == 2) total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(dots[t][Parts - 1], ones));
+          if (!HasMinimum) total[t] = _mm256_sub_epi32(total[t], _mm256_slli_epi32(_mm256_set1_epi32(totals[t]), 3));
+        }
       } else {
         for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_si256();
         for (int v = 0; v < 8; ++v) {
           const __m256i code = _mm256_loadu_si256(codes + v), size = _mm256_abs_epi8(code);
-          for (int t = 0; t < T; ++t) {  // |codes| <= 127: no saturation
-            const int8_t* q = q0 + (t * groups + g) * 2 * kGroup + v * 4;
-            const __m256i h = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(four(q)), code));
-            const __m256i l = _mm256_maddubs_epi16(size, _mm256_sign_epi8(_mm256_set1_epi32(four(q + kGroup)), code));
-            total[t] = _mm256_add_epi32(total[t], _mm256_add_epi32(_mm256_madd_epi16(h, radix), _mm256_madd_epi16(l, ones)));
-          }
+          for (int t = 0; t < T; ++t)
+            for (int p = 0; p < Parts; ++p) {  // |codes| <= 127: no saturation
+              const __m256i q = _mm256_set1_epi32(four(q0 + (p * kTile + t) * kGroup + v * 4));
+              const __m256i d = _mm256_maddubs_epi16(size, _mm256_sign_epi8(q, code));
+              total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(d, p + 1 == Parts ? ones : radix));
+            }
         }
       }
       for (int t = 0; t < T; ++t) {
-        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(scales[t * groups + g]));
-        acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[t]), both, acc[t]);
-        if (Bits == 4) acc[t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(sums[t * groups + g]), acc[t]);
+        acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[t]), _mm256_mul_ps(scale, _mm256_set1_ps(scales[t])), acc[t]);
+        if (HasMinimum) acc[t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(sums[t]), acc[t]);
       }
     }
   }
-  for (int t = 0; t < T; ++t) _mm256_storeu_ps(y + (token + t) * stride + row_block * kRows, acc[t]);
+  for (int t = 0; t < T && t < count; ++t) _mm256_storeu_ps(y + (first + t) * stride + row_block * kRows, acc[t]);
 }
 
-// --- AVX-512 VNNI: two blocks of rows side by side in one register
+// --- AVX-512 VNNI, in registers of 8 rows or of two blocks of 8 side by side. The instruction multiplies unsigned by signed bytes.
 
-HERD_VNNI inline __m512i pair(const uint8_t* a, const uint8_t* b) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
-                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
-}
+struct Narrow {
+  using Int = __m256i;
+  using Float = __m256;
+  static constexpr int kBlocks = 1;
+  HERD_VNNI static Int load(const uint8_t* p, int64_t) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  HERD_VNNI static Float halves(const uint8_t* p, int64_t) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  HERD_VNNI static Int set(int32_t x) { return _mm256_set1_epi32(x); }
+  HERD_VNNI static Float set(float x) { return _mm256_set1_ps(x); }
+  HERD_VNNI static Int low(Int x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+  HERD_VNNI static Int high(Int x) { return low(_mm256_srli_epi16(x, 4)); }
+  HERD_VNNI static Int flip(Int x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
+  HERD_VNNI static Int dot(Int acc, Int a, Int b) { return _mm256_dpbusd_epi32(acc, a, b); }
+  HERD_VNNI static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  HERD_VNNI static Int sub(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  HERD_VNNI static Int mul(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
+  HERD_VNNI static Float real(Int x) { return _mm256_cvtepi32_ps(x); }
+  HERD_VNNI static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  HERD_VNNI static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  HERD_VNNI static void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
+  template <int N>
+  HERD_VNNI static Int shift(Int x) { return _mm256_slli_epi32(x, N); }
+};
 
-HERD_VNNI inline __m512 halves(const uint8_t* a, const uint8_t* b) {
-  return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a))),
-                                                 _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)), 1));
-}
+struct Wide {
+  using Int = __m512i;
+  using Float = __m512;
+  static constexpr int kBlocks = 2;
+  HERD_VNNI static Int load(const uint8_t* p, int64_t next) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
+                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + next)), 1);
+  }
+  HERD_VNNI static Float halves(const uint8_t* p, int64_t next) {
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+                                                   _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + next)), 1));
+  }
+  HERD_VNNI static Int set(int32_t x) { return _mm512_set1_epi32(x); }
+  HERD_VNNI static Float set(float x) { return _mm512_set1_ps(x); }
+  HERD_VNNI static Int low(Int x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+  HERD_VNNI static Int high(Int x) { return low(_mm512_srli_epi16(x, 4)); }
+  HERD_VNNI static Int flip(Int x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+  HERD_VNNI static Int dot(Int acc, Int a, Int b) { return _mm512_dpbusd_epi32(acc, a, b); }
+  HERD_VNNI static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  HERD_VNNI static Int sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+  HERD_VNNI static Int mul(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+  HERD_VNNI static Float real(Int x) { return _mm512_cvtepi32_ps(x); }
+  HERD_VNNI static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  HERD_VNNI static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  HERD_VNNI static void store(float* p, Float x) { _mm512_storeu_ps(p, x); }
+  template <int N>
+  HERD_VNNI static Int shift(Int x) { return _mm512_slli_epi32(x, N); }
+};
 
-template <int T, int Bits, bool HasMinimum>
-HERD_VNNI void tile_vnni(const Blocks& w, int64_t row_block, const Rounded& x, int64_t token, float* y, int64_t stride) {
-  const int64_t groups = w.columns / kGroup;
+template <class V, int T, int Bits, bool HasMinimum, int Parts>
+HERD_VNNI void tile_vnni(const Blocks& w, int64_t row_block, const Rounded& x, int count, float* y, int64_t stride) {
+  const int64_t groups = w.columns / kGroup, next = w.row_bytes();
   const int per_block = w.group / kGroup;
   const int64_t codes_bytes = w.codes_bytes(), block_bytes = w.block_bytes();
-  const uint8_t* first = w.data + row_block * w.row_bytes();
-  const uint8_t* second = first + w.row_bytes();
-  const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8(-128), radix = _mm512_set1_epi32(kRadix);
-  __m512 acc[T];
-  for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
-  const int8_t* q0 = x.codes + token * w.columns * 2;
-  const float* scales = x.scales + token * groups;
-  const float* sums = x.sums + token * groups;
-  for (int64_t g = 0; g < groups; first += block_bytes, second += block_bytes) {
-    for (int ahead = 2048; ahead < 2048 + block_bytes; ahead += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(first + ahead), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(second + ahead), _MM_HINT_T0);
-    }
-    const __m512 scale = halves(first + codes_bytes, second + codes_bytes);
-    __m512 minimum = _mm512_setzero_ps();
-    if (Bits == 4)
-      minimum = HasMinimum ? halves(first + codes_bytes + 16, second + codes_bytes + 16) : _mm512_mul_ps(scale, _mm512_set1_ps(-8.0f));
-    for (int part = 0; part < per_block; ++part, ++g) {
-      const int64_t at = part * (kRows * kGroup * Bits / 8);
-      __m512i total[T], rest[T];
-      for (int t = 0; t < T; ++t) total[t] = rest[t] = _mm512_setzero_si512();
-      if (Bits == 4) {
-        for (int v = 0; v < 4; ++v) {
-          const __m512i both = pair(first + at + v * 32, second + at + v * 32);
-          const __m512i a = _mm512_and_si512(both, low), b = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-          for (int t = 0; t < T; ++t) {
-            const int8_t* q = q0 + (t * groups + g) * 2 * kGroup + v * 8;
-            total[t] = _mm512_dpbusd_epi32(total[t], a, _mm512_set1_epi32(four(q)));
-            rest[t] = _mm512_dpbusd_epi32(rest[t], a, _mm512_set1_epi32(four(q + kGroup)));
-            total[t] = _mm512_dpbusd_epi32(total[t], b, _mm512_set1_epi32(four(q + 4)));
-            rest[t] = _mm512_dpbusd_epi32(rest[t], b, _mm512_set1_epi32(four(q + kGroup + 4)));
+  const uint8_t* block = w.data + row_block * next;
+  typename V::Float acc[T];
+  for (int t = 0; t < T; ++t) acc[t] = V::set(0.0f);
+  const int8_t* q0 = x.codes;
+  const float *scales = x.scales, *sums = x.sums;
+  const int32_t* totals = x.totals;
+  for (int64_t g = 0; g < groups; block += block_bytes) {
+    for (int i = 0; i < V::kBlocks; ++i)
+      for (int64_t ahead = kAhead; ahead < kAhead + block_bytes; ahead += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(block + i * next + ahead), _MM_HINT_T0);
+    const typename V::Float scale = V::halves(block + codes_bytes, next);
+    typename V::Float minimum = V::set(0.0f);
+    if (HasMinimum) minimum = V::halves(block + codes_bytes + 16, next);
+    for (int part = 0; part < per_block; ++part, ++g, q0 += Parts * kTile * kGroup, scales += kTile, sums += kTile, totals += kTile) {
+      const uint8_t* codes = block + part * (kRows * kGroup * Bits / 8);
+      typename V::Int dots[T][Parts];
+      for (int t = 0; t < T; ++t)
+        for (int p = 0; p < Parts; ++p) dots[t][p] = V::set(0);
+      for (int v = 0; v < Bits; ++v) {
+        const typename V::Int both = V::load(codes + v * 32, next);
+        const typename V::Int a = Bits == 4 ? V::low(both) : V::flip(both), b = Bits == 4 ? V::high(both) : a;
+        for (int t = 0; t < T; ++t)
+          for (int p = 0; p < Parts; ++p) {
+            const int8_t* q = q0 + (p * kTile + t) * kGroup + v * (Bits == 4 ? 8 : 4);
+            dots[t][p] = V::dot(dots[t][p], a, V::set(four(q)));
+            if (Bits == 4) dots[t][p] = V::dot(dots[t][p], b, V::set(four(q + 4)));
           }
-        }
-      } else {  // the instruction wants unsigned codes: code + 128, and 128 * sum of activations taken off again
-        __m512i extra[T], extra_rest[T];
-        for (int t = 0; t < T; ++t) extra[t] = extra_rest[t] = _mm512_setzero_si512();
-        for (int v = 0; v < 8; ++v) {
-          const __m512i code = _mm512_xor_si512(pair(first + at + v * 32, second + at + v * 32), flip);
-          for (int t = 0; t < T; ++t) {
-            const int8_t* q = q0 + (t * groups + g) * 2 * kGroup + v * 4;
-            const __m512i h = _mm512_set1_epi32(four(q)), l = _mm512_set1_epi32(four(q + kGroup));
-            total[t] = _mm512_dpbusd_epi32(total[t], code, h);
-            extra[t] = _mm512_dpbusd_epi32(extra[t], flip, h);
-            rest[t] = _mm512_dpbusd_epi32(rest[t], code, l);
-            extra_rest[t] = _mm512_dpbusd_epi32(extra_rest[t], flip, l);
-          }
-        }
-        for (int t = 0; t < T; ++t) {
-          total[t] = _mm512_sub_epi32(total[t], extra[t]);
-          rest[t] = _mm512_sub_epi32(rest[t], extra_rest[t]);
-        }
       }
-      for (int t = 0; t < T; ++t) total[t] = _mm512_add_epi32(_mm512_mullo_epi32(total[t], radix), rest[t]);
       for (int t = 0; t < T; ++t) {
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(scales[t * groups + g]));
-        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total[t]), both, acc[t]);
-        if (Bits == 4) acc[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(sums[t * groups + g]), acc[t]);
+        typename V::Int total = dots[t][0];
+        if (Parts == 2) total = V::add(V::mul(total, V::set(kRadix)), dots[t][Parts - 1]);
+        if (!HasMinimum) total = V::sub(total, V::template shift<Bits == 4 ? 3 : 7>(V::set(totals[t])));
+        acc[t] = V::fma(V::real(total), V::mul(scale, V::set(scales[t])), acc[t]);
+        if (HasMinimum) acc[t] = V::fma(minimum, V::set(sums[t]), acc[t]);
       }
     }
   }
-  for (int t = 0; t < T; ++t) _mm512_storeu_ps(y + (token + t) * stride + row_block * kRows, acc[t]);
+  for (int t = 0; t < T && t < count; ++t) V::store(y + t * stride + row_block * kRows, acc[t]);
 }
 
-template <int Bits, bool HasMinimum>
-HERD_AVX2 void tiles_avx2(const Blocks& w, int64_t row_block, const Rounded& x, int64_t token, int count, float* y, int64_t stride) {
-  switch (count) {
-    case 1: return tile_avx2<1, Bits, HasMinimum>(w, row_block, x, token, y, stride);
-    case 2: return tile_avx2<2, Bits, HasMinimum>(w, row_block, x, token, y, stride);
-    case 3: return tile_avx2<3, Bits, HasMinimum>(w, row_block, x, token, y, stride);
-    default: return tile_avx2<4, Bits, HasMinimum>(w, row_block, x, token, y, stride);
-  }
+// --- a tile of `count` tokens with one block of rows, or two: what runs is written for 1, 2, 4 or 8 tokens, and the rest is dropped
+
+template <int Bits, bool HasMinimum, int Parts>
+HERD_AVX2 void tiles_avx2(const Blocks& w, int64_t row_block, const Rounded& x, int count, float* y, int64_t stride) {
+  if (count == 1) return tile_avx2<1, Bits, HasMinimum, Parts>(w, row_block, x, 0, count, y, stride);
+  if (count == 2) return tile_avx2<2, Bits, HasMinimum, Parts>(w, row_block, x, 0, count, y, stride);
+  tile_avx2<4, Bits, HasMinimum, Parts>(w, row_block, x, 0, count, y, stride);
+  if (count > 4) tile_avx2<4, Bits, HasMinimum, Parts>(w, row_block, x, 4, count - 4, y, stride);
 }
 
-template <int Bits, bool HasMinimum>
-HERD_VNNI void tiles_vnni(const Blocks& w, int64_t row_block, const Rounded& x, int64_t token, int count, float* y, int64_t stride) {
-  switch (count) {
-    case 1: return tile_vnni<1, Bits, HasMinimum>(w, row_block, x, token, y, stride);
-    case 2: return tile_vnni<2, Bits, HasMinimum>(w, row_block, x, token, y, stride);
-    case 3: return tile_vnni<3, Bits, HasMinimum>(w, row_block, x, token, y, stride);
-    default: return tile_vnni<4, Bits, HasMinimum>(w, row_block, x, token, y, stride);
-  }
+template <class V, int Bits, bool HasMinimum, int Parts>
+HERD_VNNI void tiles_vnni(const Blocks& w, int64_t row_block, const Rounded& x, int count, float* y, int64_t stride) {
+  if (count == 1) return tile_vnni<V, 1, Bits, HasMinimum, Parts>(w, row_block, x, count, y, stride);
+  if (count == 2) return tile_vnni<V, 2, Bits, HasMinimum, Parts>(w, row_block, x, count, y, stride);
+  if (count <= 4) return tile_vnni<V, 4, Bits, HasMinimum, Parts>(w, row_block, x, count, y, stride);
+  tile_vnni<V, 8, Bits, HasMinimum, Parts>(w, row_block, x, count, y, stride);
 }
 
 #endif  // HERD_X86

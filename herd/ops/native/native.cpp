@@ -20,10 +20,28 @@ namespace {
 using namespace herd;
 
 enum Path { kPortable, kAvx2, kVnni };
-constexpr int64_t kLanesOfHead = 8;  // a head is a multiple of this wide
+constexpr int64_t kKeys = 16;               // keys of a block of attention; a head is a multiple of this wide
+constexpr int64_t kSpan = 1024;             // keys that are summed up by themselves before spans are joined
+constexpr int64_t kMostHeadWidth = 512;
+constexpr int64_t kMostQueriesPerKey = 64;  // query heads of one key/value head
+
+enum KvKind { kFloat32, kBfloat16, kInt8 };
+
+struct HerdPages {  // keys and values of one layer
+  void *keys, *values;                // [slots, G, K]
+  float *key_scales, *value_scales;   // [slots, G] of int8
+  int64_t slot_width;                 // G * K
+  int32_t kind, reserved;
+};
+
+struct SoftmaxRow {
+  float most = -INFINITY;
+  float totals[8] = {};
+};
 
 enum Error { kOk = 0, kBadShape = 1, kNoMemory = 2, kNoPath = 3 };
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors of 8 floats never leave this file
 #define HERD_TARGET
 namespace portable {
 #include "layer.inl"
@@ -31,10 +49,12 @@ namespace portable {
 #undef HERD_TARGET
 #ifdef HERD_X86
 #define HERD_TARGET HERD_AVX2
+#define HERD_FMA
 namespace avx2 {
 #include "layer.inl"
 }
 #undef HERD_TARGET
+#undef HERD_FMA
 #endif
 
 Path best_path() {
@@ -49,16 +69,22 @@ Path best_path() {
   return kPortable;
 }
 
+int64_t tiles_of(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
+
 struct RoundedBuffer {  // room for rounded activations
   std::vector<int8_t> codes;
   std::vector<float> scales, sums;
+  std::vector<int32_t> totals;
+  int parts = 2;
 
-  void hold(int64_t tokens, int64_t columns) {
-    const size_t size = size_t(tokens * columns);
-    if (codes.size() < 2 * size) codes.resize(2 * size), scales.resize(size / kGroup), sums.resize(size / kGroup);
+  void hold(int64_t tokens, int64_t columns, int new_parts) {
+    const size_t size = size_t(tiles_of(tokens) * kTile * columns);
+    parts = new_parts;
+    if (codes.size() < size * size_t(parts)) codes.resize(size * size_t(parts));
+    if (scales.size() < size / kGroup) scales.resize(size / kGroup), sums.resize(size / kGroup), totals.resize(size / kGroup);
   }
 
-  Rounded view() const { return {codes.data(), scales.data(), sums.data()}; }
+  Rounded view() const { return {codes.data(), scales.data(), sums.data(), totals.data(), parts}; }
 };
 
 struct Machine {
@@ -67,6 +93,13 @@ struct Machine {
   Pool pool;
   RoundedBuffer inputs, hidden, routed;
   std::vector<float> floats;
+  std::vector<std::vector<float>> scratch;  // of each worker
+
+  void hold_scratch(int64_t size) {
+    scratch.resize(size_t(pool.size()));
+    for (auto& own : scratch)
+      if (own.size() < size_t(size)) own.resize(size_t(size));
+  }
 };
 
 Machine& machine() {
@@ -74,23 +107,30 @@ Machine& machine() {
   return *made;
 }
 
-// --- rounding of activations
+// --- rounding of activations: 32 of one token, into its place in a tile
 
-void round_group_portable(const float* x, int8_t* codes, float* scale, float* sum) {
+struct Place {
+  int8_t* codes;  // the second part lies kTile * kGroup further
+  float *scale, *sum;
+  int32_t* total;
+};
+
+void round_group_portable(const float* x, int parts, const Place& out) {
   float largest = 0;
   for (int c = 0; c < kGroup; ++c) largest = std::max(largest, std::fabs(x[c]));
-  const float step = largest / kLargest, inverse = std::isfinite(1.0f / step) ? 1.0f / step : 0.0f;
+  const float step = largest / float(kLargest[parts]), inverse = std::isfinite(1.0f / step) ? 1.0f / step : 0.0f;
   int32_t total = 0;
   for (int c = 0; c < kGroup; ++c) {
     const float q = std::nearbyint(x[c] * inverse), high = std::nearbyint(q * (1.0f / kRadix));
-    codes[c] = int8_t(high), codes[kGroup + c] = int8_t(q - high * kRadix);
+    out.codes[c] = int8_t(parts == 1 ? q : high);
+    if (parts == 2) out.codes[kTile * kGroup + c] = int8_t(q - high * kRadix);
     total += int32_t(q);
   }
-  *scale = step, *sum = step * float(total);
+  *out.scale = step, *out.total = total, *out.sum = step * float(total);
 }
 
 #ifdef HERD_X86
-HERD_AVX2 void round_group_avx2(const float* x, int8_t* codes, float* scale, float* sum) {
+HERD_AVX2 void round_group_avx2(const float* x, int parts, const Place& out) {
   __m256 v[4];
   const __m256 sign = _mm256_set1_ps(-0.0f);
   __m256 most = _mm256_setzero_ps();
@@ -101,81 +141,76 @@ HERD_AVX2 void round_group_avx2(const float* x, int8_t* codes, float* scale, flo
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   half = _mm_max_ss(half, _mm_shuffle_ps(half, half, 1));
-  const float step = _mm_cvtss_f32(half) / kLargest, inverse = std::isfinite(1.0f / step) ? 1.0f / step : 0.0f;
+  const float step = _mm_cvtss_f32(half) / float(kLargest[parts]), inverse = std::isfinite(1.0f / step) ? 1.0f / step : 0.0f;
   const __m256 times = _mm256_set1_ps(inverse), part = _mm256_set1_ps(1.0f / kRadix);
   __m256i q[4], high[4], low[4];
-  for (int i = 0; i < 4; ++i) {
-    q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], times));
-    high[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(q[i]), part));
-    low[i] = _mm256_sub_epi32(q[i], _mm256_mullo_epi32(high[i], _mm256_set1_epi32(kRadix)));
-  }
+  for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], times));
   const __m256i total = _mm256_add_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
   __m128i four_sums = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
   four_sums = _mm_add_epi32(four_sums, _mm_shuffle_epi32(four_sums, 0x4e));
   four_sums = _mm_add_epi32(four_sums, _mm_shuffle_epi32(four_sums, 0xb1));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  for (const __m256i* p : {high, low}) {
-    const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(p[0], p[1]), _mm256_packs_epi32(p[2], p[3]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32(words, order));
-    codes += kGroup;
+  for (int i = 0; parts == 2 && i < 4; ++i) {
+    high[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_cvtepi32_ps(q[i]), part));
+    low[i] = _mm256_sub_epi32(q[i], _mm256_mullo_epi32(high[i], _mm256_set1_epi32(kRadix)));
   }
-  *scale = step, *sum = step * float(_mm_cvtsi128_si32(four_sums));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int p = 0; p < parts; ++p) {
+    const __m256i* from = parts == 1 ? q : p == 0 ? high : low;
+    const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(from[0], from[1]), _mm256_packs_epi32(from[2], from[3]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.codes + p * kTile * kGroup), _mm256_permutevar8x32_epi32(words, order));
+  }
+  *out.total = _mm_cvtsi128_si32(four_sums);
+  *out.scale = step, *out.sum = step * float(*out.total);
 }
 #endif
 
 void round_token(Path path, const float* x, int64_t columns, RoundedBuffer& out, int64_t token) {
-  const int64_t groups = columns / kGroup, first = token * groups;
+  const int64_t groups = columns / kGroup;
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t at = first + g;
-    int8_t* codes = out.codes.data() + at * 2 * kGroup;
+    const int64_t group = token / kTile * groups + g, at = group * kTile + token % kTile;
+    const Place place{out.codes.data() + (group * out.parts * kTile + token % kTile) * kGroup, &out.scales[size_t(at)],
+                      &out.sums[size_t(at)], &out.totals[size_t(at)]};
 #ifdef HERD_X86
     if (path != kPortable) {
-      round_group_avx2(x + g * kGroup, codes, &out.scales[size_t(at)], &out.sums[size_t(at)]);
+      round_group_avx2(x + g * kGroup, out.parts, place);
       continue;
     }
 #endif
-    round_group_portable(x + g * kGroup, codes, &out.scales[size_t(at)], &out.sums[size_t(at)]);
+    round_group_portable(x + g * kGroup, out.parts, place);
   }
 }
 
 template <class F>
 void parallel(Pool& pool, int64_t count, F&& f) {
-  pool.run([](void* context, int64_t i, int) { (*static_cast<std::remove_reference_t<F>*>(context))(i); }, &f, count);
-}
-
-Rounded rounded(Machine& m, RoundedBuffer& out, const float* x, int64_t tokens, int64_t columns) {
-  out.hold(tokens, columns);
-  auto one = [&](int64_t t) { round_token(m.path, x + t * columns, columns, out, t); };
-  if (tokens * columns < 1 << 15)
-    for (int64_t t = 0; t < tokens; ++t) one(t);
-  else
-    parallel(m.pool, tokens, one);
-  return out.view();
+  pool.run([](void* context, int64_t i, int worker) { (*static_cast<std::remove_reference_t<F>*>(context))(i, worker); }, &f, count);
 }
 
 // --- products
 
-void tiles(Path path, const Blocks& w, int64_t row_block, const Rounded& x, int64_t token, int count, float* y, int64_t stride) {
+// A tile of `count` tokens with `blocks` blocks of rows from `row_block` on, 1 or 2.
+using Tiles = void (*)(const Blocks& w, int64_t row_block, const Rounded& x, int count, float* y, int64_t stride);
+
+template <int Parts>
+Tiles tiles_for(Path path, const Blocks& w, bool is_wide) {
 #ifdef HERD_X86
-  if (path == kAvx2) {
-    if (w.bits == 8) return tiles_avx2<8, false>(w, row_block, x, token, count, y, stride);
-    if (w.has_minimum) return tiles_avx2<4, true>(w, row_block, x, token, count, y, stride);
-    return tiles_avx2<4, false>(w, row_block, x, token, count, y, stride);
-  }
-  if (path == kVnni) {
-    if (w.bits == 8) return tiles_vnni<8, false>(w, row_block, x, token, count, y, stride);
-    if (w.has_minimum) return tiles_vnni<4, true>(w, row_block, x, token, count, y, stride);
-    return tiles_vnni<4, false>(w, row_block, x, token, count, y, stride);
-  }
+#define HERD_KINDS(f) (w.bits == 8 ? f(8, false) : w.has_minimum ? f(4, true) : f(4, false))
+#define HERD_TILES(bits, minimum) tiles_avx2<bits, minimum, Parts>
+  if (path == kAvx2) return HERD_KINDS(HERD_TILES);
+#undef HERD_TILES
+#define HERD_TILES(bits, minimum) (is_wide ? tiles_vnni<Wide, bits, minimum, Parts> : tiles_vnni<Narrow, bits, minimum, Parts>)
+  if (path == kVnni) return HERD_KINDS(HERD_TILES);
+#undef HERD_TILES
+#undef HERD_KINDS
 #endif
-  tile_portable(w, row_block, x, token, count, y, stride);
+  (void)path, (void)w, (void)is_wide;
+  return tile_portable;
 }
 
 struct Part {  // blocks [first, last) of one matrix, for some tokens
   Blocks weight;
-  Rounded x;
-  float* y;  // of token 0
-  int64_t stride, first, last, token, tokens;
+  Rounded x;  // of the first token, which starts a tile
+  float* y;   // likewise
+  int64_t stride, first, last, tokens;
 };
 
 struct Product {
@@ -186,24 +221,46 @@ struct Product {
 void multiply(void* context, int64_t index, int) {
   const Product& p = *static_cast<Product*>(context);
   const Part& part = p.parts[size_t(index)];
+  const auto choose = part.x.parts == 1 ? tiles_for<1> : tiles_for<2>;
+  const Tiles narrow = choose(p.path, part.weight, false), wide = choose(p.path, part.weight, true);
   // a tile of tokens stays in the first cache while it meets every block of the part, and the part stays in the second
   for (int64_t t = 0; t < part.tokens; t += kTile) {
+    const Rounded x = part.x.tile(t / kTile, part.weight.columns);
     const int count = int(std::min<int64_t>(kTile, part.tokens - t));
+    float* y = part.y + t * part.stride;
     int64_t b = part.first;
-    if (p.path == kVnni && count > 2)  // one or two tokens wait for memory, and the narrow path reads it faster
-      for (; b + 2 <= part.last; b += 2) tiles(kVnni, part.weight, b, part.x, part.token + t, count, part.y, part.stride);
-    const Path single = p.path == kVnni ? kAvx2 : p.path;
-    for (; b < part.last; ++b) tiles(single, part.weight, b, part.x, part.token + t, count, part.y, part.stride);
+    if (p.path == kVnni && count > 2)  // one or two tokens wait for memory, and narrow registers read it with fewer loads
+      for (; b + 2 <= part.last; b += 2) wide(part.weight, b, x, count, y, part.stride);
+    for (; b < part.last; ++b) narrow(part.weight, b, x, count, y, part.stride);
   }
 }
 
 // Cut a matrix into parts that fill half of a second-level cache, or fewer blocks where there would be too few parts to share out.
-void cut(std::vector<Part>& parts, const Blocks& w, const Rounded& x, float* y, int64_t stride, int64_t token, int64_t tokens, int threads) {
+void cut(std::vector<Part>& parts, const Blocks& w, const Rounded& x, float* y, int64_t stride, int64_t tokens, int threads) {
   const int64_t blocks = w.rows / kRows;
   const int64_t fitting = std::max<int64_t>(2, (int64_t(256) << 10) / w.row_bytes());
   int64_t step = std::min(fitting, std::max<int64_t>(2, blocks / (4 * threads)));
   step += step % 2;
-  for (int64_t b = 0; b < blocks; b += step) parts.push_back({w, x, y, stride, b, std::min(b + step, blocks), token, tokens});
+  for (int64_t b = 0; b < blocks; b += step) parts.push_back({w, x, y, stride, b, std::min(b + step, blocks), tokens});
+}
+
+// One row of a matrix as floats: an embedding.
+void embed(const Blocks& w, int64_t row, float* out) {
+  const int64_t r = row % kRows;
+  const uint8_t* block = w.data + row / kRows * w.row_bytes();
+  for (int64_t column = 0; column < w.columns; block += w.block_bytes()) {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(block + w.codes_bytes());
+    const float scale = half_to_float(halves[r]), minimum = w.has_minimum ? half_to_float(halves[kRows + r]) : 0.0f;
+    for (int c = 0; c < w.group; ++c, ++column) {
+      if (w.bits == 8) {
+        out[column] = float(int8_t(block[c / 4 * 32 + r * 4 + c % 4])) * scale;
+      } else {
+        const uint8_t byte = block[c / 8 * 32 + r * 4 + c % 4];
+        const float code = float((c % 8 < 4 ? byte & 15 : byte >> 4) - (w.has_minimum ? 0 : 8));
+        out[column] = w.has_minimum ? code * scale + minimum : code * scale;
+      }
+    }
+  }
 }
 
 bool is_sound(const Blocks& w) {
@@ -246,45 +303,52 @@ int herd_use_threads(int count) {
 }
 
 // x [tokens, columns] float32 -> codes int16 and scales float32 per 32 columns.
-int herd_round(const float* x, int64_t tokens, int64_t columns, int16_t* codes, float* scales) {
-  if (tokens < 0 || columns <= 0 || columns % kGroup) return kBadShape;
+int herd_round(const float* x, int64_t tokens, int64_t columns, int parts, int16_t* codes, float* scales) {
+  if (tokens < 0 || columns <= 0 || columns % kGroup || parts < 1 || parts > 2) return kBadShape;
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   try {
-    RoundedBuffer buffer;
-    const Rounded r = rounded(m, buffer, x, tokens, columns);
-    for (int64_t i = 0; i < tokens * columns; ++i) {
-      const int8_t* group = r.codes + i / kGroup * 2 * kGroup + i % kGroup;
-      codes[i] = int16_t(kRadix * group[0] + group[kGroup]);
+    RoundedBuffer r;
+    r.hold(tokens, columns, parts);
+    for (int64_t t = 0; t < tokens; ++t) {
+      round_token(m.path, x + t * columns, columns, r, t);
+      for (int64_t c = 0; c < columns; ++c) {
+        const int64_t group = t / kTile * (columns / kGroup) + c / kGroup;
+        const int8_t* code = r.codes.data() + (group * parts * kTile + t % kTile) * kGroup + c % kGroup;
+        codes[t * columns + c] = int16_t(parts == 1 ? code[0] : kRadix * code[0] + code[kTile * kGroup]);
+        scales[(t * columns + c) / kGroup] = r.scales[size_t(group * kTile + t % kTile)];
+      }
     }
-    std::memcpy(scales, r.scales, size_t(tokens * columns / kGroup) * sizeof(float));
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }
   return kOk;
 }
 
-// x [R, columns] float32, sorted by matrix; counts [num] rows of x for each of `num` matrices [rows, columns] end to end in `data`;
-// y [R, rows] float32. A plain product has num = 1.
-int herd_product(const uint8_t* data, int64_t num, int64_t rows, int64_t columns, int group, int bits, int has_minimum, const float* x,
-                 const int64_t* counts, float* y) {
+// x [R, columns] float32, sorted by matrix, rounded to 8 bits (parts 1) or 16 (parts 2); counts [num] rows of x for each of `num` matrices
+// [rows, columns] end to end in `data`; y [R, rows] float32. A plain product has num = 1.
+int herd_product(const uint8_t* data, int64_t num, int64_t rows, int64_t columns, int group, int bits, int has_minimum, int parts,
+                 const float* x, const int64_t* counts, float* y) {
   Blocks w{data, rows, columns, group, bits, has_minimum != 0};
-  if (!is_sound(w) || num < 1) return kBadShape;
+  if (!is_sound(w) || num < 1 || parts < 1 || parts > 2) return kBadShape;
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   try {
-    int64_t total = 0;
-    for (int64_t e = 0; e < num; ++e) {
+    std::vector<int64_t> padded;  // where each row lies when every matrix's rows start a tile
+    int64_t tiles = 0;
+    for (int64_t e = 0; e < num; tiles += tiles_of(counts[e]), ++e) {
       if (counts[e] < 0) return kBadShape;
-      total += counts[e];
+      for (int64_t i = 0; i < counts[e]; ++i) padded.push_back(tiles * kTile + i);
     }
-    if (total == 0) return kOk;
-    const Rounded r = rounded(m, m.inputs, x, total, columns);
+    if (padded.empty()) return kOk;
+    m.inputs.hold(tiles * kTile, columns, parts);
+    auto round = [&](int64_t i, int) { round_token(m.path, x + i * columns, columns, m.inputs, padded[size_t(i)]); };
+    parallel(m.pool, int64_t(padded.size()), round);
     Product job{m.path, {}};
-    int64_t token = 0;
-    for (int64_t e = 0; e < num; ++e, w.data += rows / kRows * w.row_bytes()) {
-      if (counts[e] > 0) cut(job.parts, w, r, y, rows, token, counts[e], m.pool.size());
-      token += counts[e];
+    int64_t tile = 0;
+    for (int64_t e = 0; e < num; w.data += rows / kRows * w.row_bytes(), ++e) {
+      if (counts[e] > 0) cut(job.parts, w, m.inputs.view().tile(tile, columns), y, rows, counts[e], m.pool.size());
+      tile += tiles_of(counts[e]), y += counts[e] * rows;
     }
     m.pool.run(multiply, &job, int64_t(job.parts.size()));
   } catch (const std::bad_alloc&) {
@@ -295,15 +359,23 @@ int herd_product(const uint8_t* data, int64_t num, int64_t rows, int64_t columns
 
 // All layers for one step. The tables must stay as they are during the call.
 int herd_step(const HerdModel* model, const HerdStep* step) {
-  if (step->tokens < 1 || model->width % kGroup || model->head_width % kLanesOfHead || model->heads % model->kv_heads) return kBadShape;
+  for (const HerdReach* reach : {&step->local, &step->full})
+    if (reach->pages && reach->page_tokens < 1) return kBadShape;
+  if (step->tokens < 1 || model->width % kGroup || model->head_width % kKeys || model->head_width > kMostHeadWidth || model->kv_heads < 1 ||
+      model->heads % model->kv_heads || model->heads / model->kv_heads > kMostQueriesPerKey || model->activation_parts < 1 ||
+      model->activation_parts > 2)
+    return kBadShape;
   for (int64_t i = 0; i < model->num_layers; ++i) {
     const HerdLayer& layer = model->layers[i];
+    if (layer.pages.slot_width != model->kv_heads * model->head_width) return kBadShape;
     for (const HerdMatrix* w : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
       if (!is_sound(blocks_of(*w))) return kBadShape;
     if (layer.router)
       for (const HerdMatrix* w : {&layer.experts_gate, &layer.experts_up, &layer.experts_down})
         if (!is_sound(blocks_of(*w))) return kBadShape;
   }
+  if (step->ids && !is_sound(blocks_of(model->embed))) return kBadShape;
+  if (step->logits && !is_sound(blocks_of(model->head))) return kBadShape;
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   try {

@@ -4,7 +4,7 @@
 // the order of the work is that of `Block.forward`, and the two are held equal by a test.
 
 struct HerdMatrix {
-  const uint8_t* data;  // blocks
+  const uint8_t* data;  // blocks; null for none
   int64_t rows, columns;
   int32_t group, bits, has_minimum, reserved;
 };
@@ -15,29 +15,40 @@ struct HerdLayer {
   HerdMatrix gate, up, down;                          // the dense feed-forward, or the shared expert
   HerdMatrix experts_gate, experts_up, experts_down;  // of one expert; the others follow it
   const float* router;                                // [E, D]; null in a dense layer
-  float *keys, *values;                               // [slots, G, K]
+  HerdPages pages;
   int64_t is_local;
 };
 
 struct HerdModel {
   int64_t width, heads, kv_heads, head_width, experts, experts_per_token, num_layers;
+  int32_t activation_parts;    // 1: products round their activations to 8 bits, 2: to 16
   float norm_eps, qk_norm_eps;  // qk_norm_eps 0: no norm
+  int32_t reserved;
+  const double* frequencies;    // [K/2] radians per token
+  double temperature_scale;     // 0: no temperature
+  int64_t temperature_floor;
   const HerdLayer* layers;
+  const float* norm;          // [D] the last norm
+  HerdMatrix embed, head;     // none: `x` comes in as embeddings; hidden states are all that goes out
 };
 
-struct HerdReach {          // of one kind of layer
-  const int64_t* write;     // [T] slots
-  const int64_t* read;      // slots of all sequences, end to end
-  const int64_t* lengths;   // [B] how many of them each has
+struct HerdReach {           // of one kind of layer
+  const int64_t* pages;      // of all sequences, end to end, each's oldest first; null for a kind that the model has not
+  const int64_t* num_pages;  // [B]
+  const int64_t* lengths;    // [B] keys that each sees, its new tokens the last
+  int64_t page_tokens;
 };
 
 struct HerdStep {
   int64_t tokens, sequences;
   const int64_t* counts;              // [B] tokens of each sequence
-  const float *cos, *sin;             // [T, K/2]
-  const float* temperature;           // [T]
+  const int64_t* starts;              // [B] position of each sequence's first token
   HerdReach local, full;
+  const int64_t* ids;                 // [T] tokens to embed; null where x holds embeddings
   float* x;                           // [T, D] embeddings in, hidden states out
+  int64_t num_rows;                   // how many of the T give logits
+  const int64_t* rows;                // [num_rows]
+  float* logits;                      // [num_rows, V]; null: none wanted
 };
 
 // The arithmetic of layer.inl on one instruction set.
@@ -46,16 +57,21 @@ struct Floats {
   decltype(&portable::rotate) rotate;
   decltype(&portable::swiglu) swiglu;
   decltype(&portable::add) add;
-  decltype(&portable::attend) attend;
   decltype(&portable::dot) dot;
-  decltype(&portable::sigmoid) sigmoid;
+  decltype(&portable::sigmoid_of) sigmoid;
+  decltype(&portable::write_slot) write_slot;
+  decltype(&portable::attend_span) attend_span;
+  decltype(&portable::join_spans) join_spans;
+  decltype(&portable::finish_row) finish_row;
 };
 
+#define HERD_FLOATS(n)                                                                                                            \
+  {n::rms_norm, n::rotate, n::swiglu, n::add, n::dot, n::sigmoid_of, n::write_slot, n::attend_span, n::join_spans, n::finish_row}
+
 const Floats& floats(Path path) {
-  static const Floats plain{portable::rms_norm, portable::rotate, portable::swiglu, portable::add,
-                            portable::attend,   portable::dot,    portable::sigmoid};
+  static const Floats plain HERD_FLOATS(portable);
 #ifdef HERD_X86
-  static const Floats fast{avx2::rms_norm, avx2::rotate, avx2::swiglu, avx2::add, avx2::attend, avx2::dot, avx2::sigmoid};
+  static const Floats fast HERD_FLOATS(avx2);
   if (path != kPortable) return fast;
 #endif
   (void)path;
@@ -64,11 +80,42 @@ const Floats& floats(Path path) {
 
 Blocks blocks_of(const HerdMatrix& m) { return {m.data, m.rows, m.columns, m.group, m.bits, m.has_minimum != 0}; }
 
+// Up to 8 neighbouring tokens of one sequence, which attend together.
+struct QueryTile {
+  int64_t token, count;
+  const int64_t* slots;  // of the keys, oldest first
+  int64_t visible;       // keys that the first token sees; each later one sees one more
+};
+
+// One kind of layer: where the new tokens go, and how they attend.
+struct Sight {
+  std::vector<int64_t> slots;  // of all sequences, end to end
+  std::vector<int64_t> write;  // [T]
+  std::vector<QueryTile> tiles;
+
+  Sight(const HerdReach& reach, const HerdStep& step) {
+    if (!reach.pages) return;
+    int64_t total = 0;
+    for (int64_t b = 0; b < step.sequences; ++b) total += reach.lengths[b];
+    slots.reserve(size_t(total));
+    const int64_t* pages = reach.pages;
+    for (int64_t b = 0, t = 0; b < step.sequences; pages += reach.num_pages[b], t += step.counts[b], ++b) {
+      const int64_t length = reach.lengths[b], old = length - step.counts[b];
+      const int64_t* own = slots.data() + slots.size();  // it was reserved, so it stays
+      for (int64_t j = 0; j < length; ++j) slots.push_back(pages[j / reach.page_tokens] * reach.page_tokens + j % reach.page_tokens);
+      write.insert(write.end(), own + old, own + length);
+      for (int64_t j = 0; j < step.counts[b]; j += kTile)
+        tiles.push_back({t + j, std::min<int64_t>(kTile, step.counts[b] - j), own, old + j + 1});
+    }
+  }
+};
+
 class Step {
  public:
   Step(Machine& machine, const HerdModel& model, const HerdStep& step)
       : m(machine), model(model), step(step), f(floats(machine.path)), T(step.tokens), D(model.width), H(model.heads), G(model.kv_heads),
-        K(model.head_width), W((H + 2 * G) * K), R(model.experts_per_token * T) {
+        K(model.head_width), W((H + 2 * G) * K), R(model.experts_per_token * T), parts(model.activation_parts), local(step.local, step),
+        full(step.full, step) {
     int64_t F = 0;
     bool is_moe = false;
     for (int64_t i = 0; i < model.num_layers; ++i) {
@@ -76,48 +123,40 @@ class Step {
       is_moe |= model.layers[i].router != nullptr;
     }
     const int64_t routed = is_moe ? R : 0;
-    const int64_t sizes[] = {T * D, T * W, T * H * K, T * D, (T + routed) * 2 * F, routed * D};
+    const int64_t sizes[] = {T * D, T * W, T * H * K, T * D, (T + routed) * 2 * F, routed * D, T * (K / 2), T * (K / 2), T};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
     if (m.floats.size() < size_t(total)) m.floats.resize(size_t(total));
     float* at = m.floats.data();
-    float** const buffers[] = {&normed, &qkv, &attended, &added, &hidden, &routed_out};
-    for (int i = 0; i < 6; ++i) *buffers[i] = at, at += sizes[i];
-    m.inputs.hold(T, std::max(D, H * K));
-    m.hidden.hold(T, F);
-    if (is_moe) m.routed.hold(R, std::max(D, F));
-    visible_local.resize(size_t(T)), visible_full.resize(size_t(T)), sequence_local.resize(size_t(T));
-    sequence_full.resize(size_t(T));
-    lay_out(step.local, sequence_local, visible_local);
-    lay_out(step.full, sequence_full, visible_full);
+    float** const buffers[] = {&normed, &qkv, &attended, &added, &hidden, &routed_out, &cos, &sin, &temperature};
+    for (int i = 0; i < 9; ++i) *buffers[i] = at, at += sizes[i];
+    m.inputs.hold(T, std::max(D, H * K), parts);
+    m.hidden.hold(T, F, parts);
+    const int64_t rows = kTile * (H / G);
+    m.hold_scratch(rows * (3 * K + kKeys) + 2 * kKeys * K + 2 * rows * int64_t(sizeof(SoftmaxRow) / sizeof(float)));
   }
 
   void run() {
+    std::vector<int64_t> positions;
+    for (int64_t b = 0; b < step.sequences; ++b)
+      for (int64_t j = 0; j < step.counts[b]; ++j) positions.push_back(step.starts[b] + j);
+    each_token([&](int64_t t) { place(positions[size_t(t)], t); });
+    if (step.ids) each_token([&](int64_t t) { embed(blocks_of(model.embed), step.ids[t], step.x + t * D); });
     for (int64_t i = 0; i < model.num_layers; ++i) {
       attention(model.layers[i], i > 0);
       model.layers[i].router ? moe(model.layers[i]) : dense(model.layers[i]);
     }
     each_token([&](int64_t t) { f.add(step.x + t * D, added + t * D, D); });
+    if (step.logits) logits();
   }
 
  private:
-  // Where each token's visible keys start in `read`, and how many there are.
-  void lay_out(const HerdReach& reach, std::vector<const int64_t*>& start, std::vector<int64_t>& visible) const {
-    if (!reach.write) return;
-    const int64_t* slots = reach.read;
-    for (int64_t b = 0, t = 0; b < step.sequences; slots += reach.lengths[b], ++b)
-      for (int64_t j = 0; j < step.counts[b]; ++j, ++t) {
-        start[size_t(t)] = slots;
-        visible[size_t(t)] = reach.lengths[b] - step.counts[b] + j + 1;
-      }
-  }
-
   template <class F>
   void each_token(F&& work) {
     if (T * D < 1 << 13)
       for (int64_t t = 0; t < T; ++t) work(t);
     else
-      parallel(m.pool, T, work);
+      parallel(m.pool, T, [&](int64_t t, int) { work(t); });
   }
 
   void multiply_all(Product& job) {
@@ -125,122 +164,246 @@ class Step {
     job.parts.clear();
   }
 
-  void cut_one(Product& job, const HerdMatrix& w, const Rounded& x, float* y, int64_t stride) {
-    cut(job.parts, blocks_of(w), x, y, stride, 0, T, m.pool.size());
+  void cut_one(Product& job, const HerdMatrix& w, const RoundedBuffer& x, float* y, int64_t stride) {
+    cut(job.parts, blocks_of(w), x.view(), y, stride, T, m.pool.size());
   }
+
+  void round(const float* x, int64_t columns, RoundedBuffer& out, int64_t place) { round_token(m.path, x, columns, out, place); }
 
   void attention(const HerdLayer& layer, bool has_added) {
     each_token([&](int64_t t) {
       float* x = step.x + t * D;
       if (has_added) f.add(x, added + t * D, D);
       f.rms_norm(x, layer.attention_norm, D, model.norm_eps, normed + t * D);
-      round_token(m.path, normed + t * D, D, m.inputs, t);
+      round(normed + t * D, D, m.inputs, t);
     });
     Product job{m.path, {}};
-    cut_one(job, layer.q, m.inputs.view(), qkv, W);
-    cut_one(job, layer.k, m.inputs.view(), qkv + H * K, W);
-    cut_one(job, layer.v, m.inputs.view(), qkv + (H + G) * K, W);
+    cut_one(job, layer.q, m.inputs, qkv, W);
+    cut_one(job, layer.k, m.inputs, qkv + H * K, W);
+    cut_one(job, layer.v, m.inputs, qkv + (H + G) * K, W);
     multiply_all(job);
-
-    const HerdReach& reach = layer.is_local ? step.local : step.full;
-    each_token([&](int64_t t) {
-      float* row = qkv + t * W;
-      for (int64_t h = 0; h < H + G; ++h) {
-        float* head = row + h * K;
-        if (layer.is_local) f.rotate(head, step.cos + t * (K / 2), step.sin + t * (K / 2), K);
-        if (layer.is_local && model.qk_norm_eps > 0) f.rms_norm(head, nullptr, K, model.qk_norm_eps, head);
-        if (!layer.is_local && h < H)
-          for (int64_t i = 0; i < K; ++i) head[i] *= step.temperature[t];
-      }
-      std::memcpy(layer.keys + reach.write[t] * G * K, row + H * K, size_t(G * K) * sizeof(float));
-      std::memcpy(layer.values + reach.write[t] * G * K, row + (H + G) * K, size_t(G * K) * sizeof(float));
-    });
-    const auto& start = layer.is_local ? sequence_local : sequence_full;
-    const auto& visible = layer.is_local ? visible_local : visible_full;
-    parallel(m.pool, T * G, [&](int64_t task) {
-      const int64_t t = task / G, g = task % G;
-      f.attend(qkv + t * W + g * (H / G) * K, H / G, K, layer.keys + g * K, layer.values + g * K, G * K, start[size_t(t)],
-               visible[size_t(t)], attended + t * H * K + g * (H / G) * K);
-    });
-    each_token([&](int64_t t) { round_token(m.path, attended + t * H * K, H * K, m.inputs, t); });
-    cut_one(job, layer.o, m.inputs.view(), added, D);
+    each_token([&](int64_t t) { place_heads(layer, t); });
+    attend(layer);
+    each_token([&](int64_t t) { round(attended + t * H * K, H * K, m.inputs, t); });
+    cut_one(job, layer.o, m.inputs, added, D);
     multiply_all(job);
     each_token([&](int64_t t) {
       f.add(step.x + t * D, added + t * D, D);
       f.rms_norm(step.x + t * D, layer.ffn_norm, D, model.norm_eps, normed + t * D);
-      round_token(m.path, normed + t * D, D, m.inputs, t);
+      round(normed + t * D, D, m.inputs, t);
     });
   }
+
+  // Angles and temperature of a position. In doubles: at position 10,000,000 a float angle is off by up to half a radian.
+  void place(int64_t position, int64_t t) {
+    for (int64_t i = 0; i < K / 2; ++i) {
+      const double angle = double(position) * model.frequencies[i];
+      cos[t * (K / 2) + i] = float(std::cos(angle)), sin[t * (K / 2) + i] = float(std::sin(angle));
+    }
+    temperature[t] = 1.0f;
+    if (model.temperature_scale > 0) {
+      const int64_t steps = (position + 1) / model.temperature_floor;
+      temperature[t] = float(1.0 + model.temperature_scale * std::log1p(double(steps)));
+    }
+  }
+
+  // Rotate, normalize or warm the heads of a token, and write its key and value into their slot.
+  void place_heads(const HerdLayer& layer, int64_t t) {
+    float* row = qkv + t * W;
+    for (int64_t h = 0; h < H + G; ++h) {
+      float* head = row + h * K;
+      if (layer.is_local) f.rotate(head, cos + t * (K / 2), sin + t * (K / 2), K);
+      if (layer.is_local && model.qk_norm_eps > 0) f.rms_norm(head, nullptr, K, model.qk_norm_eps, head);
+      if (!layer.is_local && h < H)
+        for (int64_t i = 0; i < K; ++i) head[i] *= temperature[t];
+    }
+    const int64_t slot = (layer.is_local ? local : full).write[size_t(t)];
+    const HerdPages& p = layer.pages;
+    for (int64_t g = 0; g < G; ++g) {
+      f.write_slot(row + (H + g) * K, K, p.keys, p.key_scales, slot * G + g, p.kind);
+      f.write_slot(row + (H + G + g) * K, K, p.values, p.value_scales, slot * G + g, p.kind);
+    }
+  }
+
+  // Tiles of queries by key/value heads; where these are too few to share out, as in the decoding of long contexts, also by spans of keys.
+  void attend(const HerdLayer& layer) {
+    const std::vector<QueryTile>& tiles = (layer.is_local ? local : full).tiles;
+    int64_t longest = 0;
+    for (const QueryTile& tile : tiles) longest = std::max(longest, tile.visible + tile.count - 1);
+    const int64_t num_spans = (longest + kSpan - 1) / kSpan, num_tiles = int64_t(tiles.size()), rows = kTile * (H / G);
+    if (num_spans == 1 || num_tiles * G >= 8 * m.pool.size()) {
+      parallel(m.pool, num_tiles * G, [&](int64_t task, int worker) {
+        const QueryTile& tile = tiles[size_t(task / G)];
+        Rows r(*this, tile, task % G, worker);
+        const int64_t keys = tile.visible + tile.count - 1;
+        r.span(layer.pages, 0, std::min(keys, kSpan), r.state, r.acc);
+        for (int64_t start = kSpan; start < keys; start += kSpan) {
+          r.span(layer.pages, start, std::min(keys, start + kSpan), r.later, r.later_acc);
+          for (int64_t i = 0; i < r.count; ++i) f.join_spans(r.state[i], r.acc + i * K, r.later[i], r.later_acc + i * K, K);
+        }
+        r.finish(r.state, r.acc);
+      });
+      return;
+    }
+    std::vector<SoftmaxRow> states(size_t(num_tiles * G * num_spans * rows));
+    std::vector<float> accs(states.size() * size_t(K));
+    const auto place = [&](int64_t tile, int64_t g, int64_t span) { return size_t(((tile * G + g) * num_spans + span) * rows); };
+    parallel(m.pool, num_tiles * G * num_spans, [&](int64_t task, int worker) {
+      const int64_t i = task / (G * num_spans), g = task / num_spans % G, span = task % num_spans;
+      const QueryTile& tile = tiles[size_t(i)];
+      const int64_t start = span * kSpan, keys = tile.visible + tile.count - 1;
+      if (start >= keys) return;
+      Rows(*this, tile, g, worker)
+          .span(layer.pages, start, std::min(keys, start + kSpan), &states[place(i, g, span)], &accs[place(i, g, span) * size_t(K)]);
+    });
+    parallel(m.pool, num_tiles * G, [&](int64_t task, int worker) {
+      const int64_t i = task / G, g = task % G;
+      Rows r(*this, tiles[size_t(i)], g, worker);
+      SoftmaxRow* state = &states[place(i, g, 0)];
+      float* acc = &accs[place(i, g, 0) * size_t(K)];
+      for (int64_t span = 1; span < num_spans; ++span)
+        for (int64_t row = 0; row < r.count; ++row)
+          f.join_spans(state[row], acc + row * K, states[place(i, g, span) + size_t(row)],
+                       &accs[(place(i, g, span) + size_t(row)) * size_t(K)], K);
+      r.finish(state, acc);
+    });
+  }
+
+  // The queries of a tile that share a key/value head, and a worker's room for their work.
+  struct Rows {
+    Rows(Step& s, const QueryTile& tile, int64_t g, int worker)
+        : s(s), tile(tile), g(g), each(s.H / s.G), count(tile.count * each) {
+      const int64_t rows = kTile * each;
+      q = s.m.scratch[size_t(worker)].data();
+      acc = q + rows * s.K, later_acc = acc + rows * s.K;
+      state = reinterpret_cast<SoftmaxRow*>(later_acc + rows * s.K), later = state + rows;
+      rest = reinterpret_cast<float*>(later + rows);
+      for (int64_t r = 0; r < count; ++r) {
+        std::memcpy(q + r * s.K, s.qkv + (tile.token + r / each) * s.W + (g * each + r % each) * s.K, size_t(s.K) * sizeof(float));
+        visible[r] = tile.visible + r / each;
+      }
+    }
+
+    void span(const HerdPages& pages, int64_t start, int64_t stop, SoftmaxRow* states, float* accs) {
+      s.f.attend_span(q, count, visible, g, s.K, pages, tile.slots, start, stop, rest, states, accs);
+    }
+
+    void finish(const SoftmaxRow* states, const float* accs) {
+      for (int64_t r = 0; r < count; ++r)
+        s.f.finish_row(states[r], accs + r * s.K, s.K, s.attended + (tile.token + r / each) * s.H * s.K + (g * each + r % each) * s.K);
+    }
+
+    Step& s;
+    const QueryTile& tile;
+    const int64_t g, each, count;
+    float *q, *acc, *later_acc, *rest;
+    SoftmaxRow *state, *later;
+    int64_t visible[kTile * kMostQueriesPerKey];
+  };
 
   // From `normed`, rounded in `inputs`, to `added`.
   void dense(const HerdLayer& layer) {
     const int64_t F = layer.gate.rows;
     Product job{m.path, {}};
-    cut_one(job, layer.gate, m.inputs.view(), hidden, 2 * F);
-    cut_one(job, layer.up, m.inputs.view(), hidden + F, 2 * F);
+    cut_one(job, layer.gate, m.inputs, hidden, 2 * F);
+    cut_one(job, layer.up, m.inputs, hidden + F, 2 * F);
     multiply_all(job);
     each_token([&](int64_t t) { swiglu(hidden + t * 2 * F, F, m.hidden, t); });
-    cut_one(job, layer.down, m.hidden.view(), added, D);
+    cut_one(job, layer.down, m.hidden, added, D);
     multiply_all(job);
   }
 
-  void swiglu(float* row, int64_t F, RoundedBuffer& out, int64_t index) {
+  void swiglu(float* row, int64_t F, RoundedBuffer& out, int64_t place) {
     f.swiglu(row, row + F, F);
-    round_token(m.path, row, F, out, index);
+    round(row, F, out, place);
   }
 
   void moe(const HerdLayer& layer) {
-    const int64_t E = model.experts, k = model.experts_per_token, F = layer.experts_gate.rows, S = layer.gate.rows;
-    const auto rows = static_cast<size_t>(R), num = static_cast<size_t>(E);
-    std::vector<int64_t> chosen(rows), place(rows), counts(num, 0), next(num, 0);
-    std::vector<float> scores(rows);
-    each_token([&](int64_t t) {
-      std::vector<float> logits(num);
-      for (int64_t e = 0; e < E; ++e) logits[size_t(e)] = f.dot(normed + t * D, layer.router + e * D, D);
-      for (int64_t i = 0; i < k; ++i) {  // the largest first, the lowest expert on a tie
-        const int64_t best = std::max_element(logits.begin(), logits.end()) - logits.begin();
-        chosen[size_t(t * k + i)] = best;
-        scores[size_t(t * k + i)] = f.sigmoid(logits[size_t(best)]);
-        logits[size_t(best)] = -std::numeric_limits<float>::infinity();
-      }
-    });
-    for (int64_t e : chosen) ++counts[size_t(e)];
-    for (int64_t e = 1; e < E; ++e) next[size_t(e)] = next[size_t(e - 1)] + counts[size_t(e - 1)];
-    for (int64_t r = 0; r < R; ++r) place[size_t(r)] = next[size_t(chosen[size_t(r)])]++;
+    const int64_t k = model.experts_per_token, F = layer.experts_gate.rows, S = layer.gate.rows;
+    const Routed routed = route(layer);
+    m.routed.hold(routed.tiles * kTile, std::max(D, F), parts);
     each_token([&](int64_t t) {
       for (int64_t r = t * k; r < (t + 1) * k; ++r) {  // the score multiplies the expert's input
-        float* scaled = routed_out + place[size_t(r)] * D;
-        for (int64_t i = 0; i < D; ++i) scaled[i] = normed[t * D + i] * scores[size_t(r)];
-        round_token(m.path, scaled, D, m.routed, place[size_t(r)]);
+        float* scaled = routed_out + r * D;
+        for (int64_t i = 0; i < D; ++i) scaled[i] = normed[t * D + i] * routed.scores[size_t(r)];
+        round(scaled, D, m.routed, routed.padded[size_t(r)]);
       }
     });
     Product job{m.path, {}};
     float* expert_hidden = hidden + T * 2 * S;
-    cut_one(job, layer.gate, m.inputs.view(), hidden, 2 * S);
-    cut_one(job, layer.up, m.inputs.view(), hidden + S, 2 * S);
-    cut_experts(job, layer.experts_gate, counts, m.routed.view(), expert_hidden, 2 * F);
-    cut_experts(job, layer.experts_up, counts, m.routed.view(), expert_hidden + F, 2 * F);
+    cut_one(job, layer.gate, m.inputs, hidden, 2 * S);
+    cut_one(job, layer.up, m.inputs, hidden + S, 2 * S);
+    cut_experts(job, layer.experts_gate, routed, expert_hidden, 2 * F);
+    cut_experts(job, layer.experts_up, routed, expert_hidden + F, 2 * F);
     multiply_all(job);
     each_token([&](int64_t t) {
       swiglu(hidden + t * 2 * S, S, m.hidden, t);
-      for (int64_t r = t * k; r < (t + 1) * k; ++r) swiglu(expert_hidden + place[size_t(r)] * 2 * F, F, m.routed, place[size_t(r)]);
+      for (int64_t r = t * k; r < (t + 1) * k; ++r)
+        swiglu(expert_hidden + routed.place[size_t(r)] * 2 * F, F, m.routed, routed.padded[size_t(r)]);
     });
-    cut_one(job, layer.down, m.hidden.view(), added, D);
-    cut_experts(job, layer.experts_down, counts, m.routed.view(), routed_out, D);
+    cut_one(job, layer.down, m.hidden, added, D);
+    cut_experts(job, layer.experts_down, routed, routed_out, D);
     multiply_all(job);
     each_token([&](int64_t t) {
-      for (int64_t r = t * k; r < (t + 1) * k; ++r) f.add(added + t * D, routed_out + place[size_t(r)] * D, D);
+      for (int64_t r = t * k; r < (t + 1) * k; ++r) f.add(added + t * D, routed_out + routed.place[size_t(r)] * D, D);
     });
   }
 
-  void cut_experts(Product& job, const HerdMatrix& w, const std::vector<int64_t>& counts, const Rounded& x, float* y, int64_t stride) {
+  // Which rows go to which expert. Sorted by expert they lie end to end; rounded, every expert starts a tile.
+  struct Routed {
+    std::vector<int64_t> counts;         // [E]
+    std::vector<int64_t> place, padded;  // [R]
+    std::vector<float> scores;           // [R]
+    int64_t tiles;
+  };
+
+  Routed route(const HerdLayer& layer) {
+    const int64_t E = model.experts, k = model.experts_per_token;
+    std::vector<int64_t> chosen(static_cast<size_t>(R)), next(static_cast<size_t>(E), 0), next_padded(static_cast<size_t>(E), 0);
+    Routed routed{std::vector<int64_t>(static_cast<size_t>(E), 0), chosen, chosen, std::vector<float>(static_cast<size_t>(R)), 0};
+    each_token([&](int64_t t) {
+      std::vector<float> logits(static_cast<size_t>(E));
+      for (int64_t e = 0; e < E; ++e) logits[size_t(e)] = f.dot(normed + t * D, layer.router + e * D, D);
+      for (int64_t i = 0; i < k; ++i) {  // the largest first, the lowest expert on a tie
+        const int64_t best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+        chosen[size_t(t * k + i)] = best;
+        routed.scores[size_t(t * k + i)] = f.sigmoid(logits[size_t(best)]);
+        logits[size_t(best)] = -std::numeric_limits<float>::infinity();
+      }
+    });
+    for (int64_t e : chosen) ++routed.counts[size_t(e)];
+    for (size_t e = 0; e < size_t(E); ++e) {
+      if (e) next[e] = next[e - 1] + routed.counts[e - 1];
+      next_padded[e] = routed.tiles * kTile;
+      routed.tiles += tiles_of(routed.counts[e]);
+    }
+    for (size_t r = 0; r < size_t(R); ++r) {
+      routed.place[r] = next[size_t(chosen[r])]++;
+      routed.padded[r] = next_padded[size_t(chosen[r])]++;
+    }
+    return routed;
+  }
+
+  void cut_experts(Product& job, const HerdMatrix& w, const Routed& routed, float* y, int64_t stride) {
     Blocks one = blocks_of(w);
-    int64_t token = 0;
-    for (int64_t count : counts) {
-      if (count) cut(job.parts, one, x, y, stride, token, count, m.pool.size());
-      token += count;
+    int64_t tile = 0;
+    for (int64_t count : routed.counts) {
+      if (count) cut(job.parts, one, m.routed.view().tile(tile, w.columns), y, stride, count, m.pool.size());
+      tile += tiles_of(count), y += count * stride;
       one.data += one.rows / kRows * one.row_bytes();
     }
+  }
+
+  void logits() {
+    const int64_t n = step.num_rows, V = model.head.rows;
+    m.inputs.hold(n, D, parts);
+    for (int64_t i = 0; i < n; ++i) {
+      f.rms_norm(step.x + step.rows[i] * D, model.norm, D, model.norm_eps, normed + i * D);
+      round(normed + i * D, D, m.inputs, i);
+    }
+    Product job{m.path, {}};
+    cut(job.parts, blocks_of(model.head), m.inputs.view(), step.logits, V, n, m.pool.size());
+    multiply_all(job);
   }
 
   Machine& m;
@@ -248,7 +411,7 @@ class Step {
   const HerdStep& step;
   const Floats& f;
   const int64_t T, D, H, G, K, W, R;
-  float *normed, *qkv, *attended, *added, *hidden, *routed_out;
-  std::vector<int64_t> visible_local, visible_full;
-  std::vector<const int64_t*> sequence_local, sequence_full;
+  const int parts;
+  const Sight local, full;
+  float *normed, *qkv, *attended, *added, *hidden, *routed_out, *cos, *sin, *temperature;
 };

@@ -1,9 +1,12 @@
 """The tables of pointers that a whole step takes, as `step.inl` lays them out."""
 
 import ctypes
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from herd.ops.attend import Slots
 from herd.ops.int4 import kind_of
 
 _float_p, _int_p = ctypes.c_void_p, ctypes.c_void_p
@@ -31,6 +34,25 @@ class Matrix(ctypes.Structure):
         return cls(blocks.data_ptr(), N, K, kind.group, kind.bits, kind.has_minimum, 0)
 
 
+class Pages(ctypes.Structure):
+    """Keys and values of one layer."""
+
+    KINDS: ClassVar = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        ("slot_width", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, slots: Slots) -> "Pages":
+        """Addresses of one layer's slots."""
+        scales = [None if scale is None else scale.data_ptr() for scale in (slots.key_scales, slots.value_scales)]
+        _, G, K = slots.keys.shape
+        return cls(slots.keys.data_ptr(), slots.values.data_ptr(), *scales, G * K, cls.KINDS[slots.keys.dtype], 0)
+
+
 class Layer(ctypes.Structure):
     """The weights and pages of one layer."""
 
@@ -39,8 +61,7 @@ class Layer(ctypes.Structure):
         ("ffn_norm", _float_p),
         *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down", "experts_gate", "experts_up", "experts_down")),
         ("router", _float_p),
-        ("keys", _float_p),
-        ("values", _float_p),
+        ("pages", Pages),
         ("is_local", ctypes.c_int64),
     )
 
@@ -50,16 +71,24 @@ class Model(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("width", "heads", "kv_heads", "head_width", "experts", "experts_per_token", "num_layers")),
+        ("activation_parts", ctypes.c_int32),
         ("norm_eps", ctypes.c_float),
         ("qk_norm_eps", ctypes.c_float),
+        ("reserved", ctypes.c_int32),
+        ("frequencies", ctypes.c_void_p),
+        ("temperature_scale", ctypes.c_double),
+        ("temperature_floor", ctypes.c_int64),
         ("layers", ctypes.POINTER(Layer)),
+        ("norm", _float_p),
+        ("embed", Matrix),
+        ("head", Matrix),
     )
 
 
 class Reach(ctypes.Structure):
-    """Slots that a step writes and reads in one kind of layer; all zeros for a kind that the model has not."""
+    """What the sequences of a step see in one kind of layer; all zeros for a kind that the model has not."""
 
-    _fields_ = (("write", _int_p), ("read", _int_p), ("lengths", _int_p))
+    _fields_ = (("pages", _int_p), ("num_pages", _int_p), ("lengths", _int_p), ("page_tokens", ctypes.c_int64))
 
 
 class Step(ctypes.Structure):
@@ -69,10 +98,12 @@ class Step(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("sequences", ctypes.c_int64),
         ("counts", _int_p),
-        ("cos", _float_p),
-        ("sin", _float_p),
-        ("temperature", _float_p),
+        ("starts", _int_p),
         ("local", Reach),
         ("full", Reach),
+        ("ids", _int_p),
         ("x", _float_p),
+        ("num_rows", ctypes.c_int64),
+        ("rows", _int_p),
+        ("logits", _float_p),
     )
