@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ FAMILY = {
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
 
 
-def blocks_model(config: ModelConfig, seed: int = 0) -> Llama4:
+def blocks_model(config: ModelConfig, seed: int = 0, activation_bits: int = 16) -> Llama4:
     """A random model whose matrices are blocks, embedding and head 8-bit."""
     values = {name: tensor.clone() for name, tensor in init_weights(build(config, device="cpu"), seed, std=0.15).state_dict().items()}
     blocks = {}
@@ -43,7 +44,7 @@ def blocks_model(config: ModelConfig, seed: int = 0) -> Llama4:
         elif name.startswith("layers.") and "norm" not in name and "router" not in name:
             blocks[name] = quantize_int4(values[name], with_minimum="attention" in name)
     model = build(config)
-    hold_blocks(model, blocks)
+    hold_blocks(model, blocks, activation_bits)
     model.load_state_dict(values | blocks, assign=True)
     return model
 
@@ -73,8 +74,8 @@ def logits_of(engine: Engine, sequences: list[Sequence], cuts: random.Random | N
     return seen
 
 
-def start(model: Llama4, prompts: list[list[int]], max_tokens: int = 10) -> tuple[Engine, list[Sequence]]:
-    engine = Engine(model, byte_tokenizer(), EngineConfig(page_tokens=4, kv_gib=0.02, max_sequences=4))
+def start(model: Llama4, prompts: list[list[int]], max_tokens: int = 10, **choices: Any) -> tuple[Engine, list[Sequence]]:
+    engine = Engine(model, byte_tokenizer(), EngineConfig(**{"page_tokens": 4, "kv_gib": 0.02, "max_sequences": 4, **choices}))
     sampling = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     return engine, [engine.sequence(Prompt(tokens=p, loss_mask=[False] * len(p)), sampling, lambda event: None) for p in prompts]
 
@@ -95,6 +96,42 @@ def test_one_call_equals_the_forward(name: str) -> None:
     difference = (errors[0] - errors[1]).abs().amax(-1)
     assert difference.median() < 1e-3 * errors[1].std()
     assert difference.max() < 1e-2 * errors[1].std()
+
+
+@pytest.mark.parametrize(("kv", "bits", "bound"), [("bf16", 16, 0.05), ("int8", 16, 0.05), ("fp32", 8, 0.1), ("int8", 8, 0.1)])
+def test_one_call_equals_the_forward_in_fewer_bits(kv: str, bits: int, bound: float) -> None:
+    """Both round alike; where float32's own rounding tips a number to the next code, the two part by that code."""
+    model = blocks_model(FAMILY["scout"], activation_bits=bits)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(256) for _ in range(n)] for n in (1, 5, 16, 17, 33, 55)]
+    found = []
+    for is_whole in (True, False):
+        engine, sequences = start(model, prompts, max_tokens=1, kv=kv)
+        if not is_whole:
+            engine.runner.whole = None
+        found.append(torch.stack([rows[0] for rows in logits_of(engine, sequences, random.Random(2)).values()]))
+    assert (found[0] - found[1]).abs().max() < bound * found[1].std()
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+def test_long_contexts_are_summed_up_span_by_span(kv: str) -> None:
+    """Over several spans of keys: equal to the forward, and the same bits however the work was shared out."""
+    native = kernels()
+    assert native
+    model = blocks_model(replace(SMALL, chunk_tokens=None, context_tokens=4096, num_layers=2, global_step=2))
+    rng = random.Random(3)
+    prompt = [rng.randrange(256) for _ in range(2300)]
+    found = []
+    for threads, step_tokens in ((1, 512), (3, 512), (2, 64), (64, 2300)):
+        native.use_threads(threads)
+        engine, (alone,) = start(model, [prompt], max_tokens=4, kv=kv, step_tokens=step_tokens, threads=threads, kv_gib=0.05)
+        found.append(torch.stack(logits_of(engine, [alone], None)[alone]))
+    native.use_threads(1)
+    assert all(torch.equal(other, found[0]) for other in found)
+    engine, (alone,) = start(model, [prompt], max_tokens=4, kv=kv, kv_gib=0.05)
+    engine.runner.whole = None
+    plain = torch.stack(logits_of(engine, [alone], None)[alone])
+    assert (found[0] - plain).abs().max() < 0.03 * plain.std()
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from herd.errors import UsageError
-from herd.ops.int4 import Kind, blocks_linear_plain, pack_int4, pack_int8, round_activations
+from herd.ops.int4 import Kind, blocks_linear_plain, dequantize, pack_int4, pack_int8, round_activations
 from herd.ops.native import Kernels, kernels
 
 KINDS = [Kind(4, 32), Kind(4, 32, True), Kind(4, 128), Kind(4, 128, True), Kind(8, 32)]
@@ -44,32 +44,33 @@ def random_blocks(kind: Kind, *shape: int, seed: int = 0) -> torch.Tensor:
     return pack_int4(torch.randint(0, 16, shape, generator=generator).to(torch.uint8), scale, minimum)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("shape", [(8, 128), (24, 256), (88, 384), (576, 1536)], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_products_equal_the_definition(native: Kernels, kind: Kind, shape: tuple[int, int]) -> None:
+def test_products_equal_the_definition(native: Kernels, kind: Kind, shape: tuple[int, int], bits: int) -> None:
     """Odd numbers of blocks, 1 to 64 tokens: within float32's rounding of the sum, and the same bits on every path and thread count."""
     blocks = random_blocks(kind, *shape)
     for tokens in (1, 2, 3, 5, 6, 7, 12, 13, 64):
         x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens)) * 3
-        want = blocks_linear_plain(x, blocks)
+        want = blocks_linear_plain(x, blocks, bits)
         found = []
         for _ in paths(native):
             for threads in (1, 2, 3):
                 native.use_threads(threads)
-                found.append(native.product(x, blocks))
+                found.append(native.product(x, blocks, bits=bits))
         torch.testing.assert_close(found[0], want, rtol=1e-5, atol=2e-5 * float(want.abs().max()))
         assert all(torch.equal(other, found[0]) for other in found)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_row_does_not_depend_on_its_batch(native: Kernels, kind: Kind) -> None:
+def test_a_row_does_not_depend_on_its_batch(native: Kernels, kind: Kind, bits: int) -> None:
     blocks = random_blocks(kind, 104, 256)
     x = torch.randn(40, 256)
     for _ in paths(native):
-        whole = native.product(x, blocks)
-        for i in (0, 3, 17, 39):
-            assert torch.equal(native.product(x[i : i + 1], blocks)[0], whole[i])
-        assert torch.equal(native.product(x[5:18], blocks), whole[5:18])
+        whole = native.product(x, blocks, bits=bits)
+        for start, count in ((0, 1), (3, 1), (17, 2), (5, 3), (5, 4), (20, 7), (39, 1), (5, 13)):
+            assert torch.equal(native.product(x[start : start + count], blocks, bits=bits), whole[start : start + count])
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [0, 0, 0, 0], [64, 1, 0, 2]], ids=str)
@@ -89,9 +90,23 @@ def test_rounding_equals_the_definition(native: Kernels) -> None:
     x[1, 32:64] = 1e-45
     x[2, 0] = 32384.0
     x[2, 1:32] = torch.arange(31) * 1000 + 0.5  # halves go to even
-    codes, scales = round_activations(x)
-    for _ in paths(native):
-        assert all(torch.equal(a, b) for a, b in zip(native.round(x), (codes, scales), strict=True))
+    for bits in (8, 16):
+        want = round_activations(x, bits)
+        for _ in paths(native):
+            assert all(torch.equal(a, b) for a, b in zip(native.round(x, bits), want, strict=True))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_error_is_that_of_rounding_the_activations(native: Kernels, bits: int) -> None:
+    """Against the product of the numbers themselves: at most half a code of every activation times its weight."""
+    blocks = random_blocks(Kind(4, 32, True), 64, 512)
+    x = torch.randn(9, 512)
+    weight = dequantize(blocks, torch.float64)
+    half_code = round_activations(x, bits)[1].double().repeat_interleave(32, -1) / 2
+    bound = half_code @ weight.abs().T
+    error = (native.product(x, blocks, bits=bits).double() - x.double() @ weight.T).abs()
+    assert (error <= bound * 1.001 + 1e-4).all()
+    assert error.max() > 0.05 * bound.min(), "the bound says something"
 
 
 def test_many_threads_may_call_at_once(native: Kernels) -> None:

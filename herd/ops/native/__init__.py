@@ -9,6 +9,7 @@ HERD_NATIVE: "off", or a path to hold it to: "portable", "avx2", "vnni".
 
 import ctypes
 import os
+import time
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class Kernels:
         self._library.herd_use_threads.argtypes = [number]
         self._library.herd_round.argtypes = [pointer, size, size, number, pointer, pointer]
         self._library.herd_product.argtypes = [pointer, size, size, size, number, number, number, number, pointer, pointer, pointer]
+        self._library.herd_read.argtypes = [pointer, size]
+        self._library.herd_peak.restype = ctypes.c_double
         self.use_threads(default_threads())
 
     @property
@@ -89,6 +92,18 @@ class Kernels:
             )
         )
         return y
+
+    def read_gb_s(self, data: Tensor) -> float:
+        """How fast all threads together read memory: GB/s over `data`, which should be far larger than the caches."""
+        start = time.perf_counter()
+        _check(self._library.herd_read(data.data_ptr(), data.nbytes))
+        return data.nbytes / (time.perf_counter() - start) / 1e9
+
+    def peak_gop_s(self) -> float:
+        """How fast all threads together multiply and add bytes in registers: 1e9 operations a second, two for each pair."""
+        start = time.perf_counter()
+        operations: float = self._library.herd_peak()
+        return operations / (time.perf_counter() - start) / 1e9
 
     def step(self, model: tables.Model, step: tables.Step) -> None:
         """All layers of a model for one step; `step.x` goes in as embeddings and comes out as hidden states."""

@@ -107,7 +107,7 @@ inline int32_t four(const int8_t* q) {
   return out;
 }
 
-constexpr int kAhead = 2048;  // bytes to fetch before they are needed
+constexpr int kAhead = 4096;  // bytes to fetch before they are needed
 
 // --- AVX2: at most 8 sums of 15 * 127 * 2 are added in 16 bits, 30,480 < 32,768
 

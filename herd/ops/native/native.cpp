@@ -3,6 +3,7 @@
 // Every function may be called from any thread; calls run one after another, each on all threads of the pool.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -270,6 +271,8 @@ bool is_sound(const Blocks& w) {
 
 #include "step.inl"
 
+#include "limits.inl"
+
 }  // namespace
 
 extern "C" {
@@ -384,6 +387,36 @@ int herd_step(const HerdModel* model, const HerdStep* step) {
     return kNoMemory;
   }
   return kOk;
+}
+
+// Read `bytes` of `data` once, with all threads; the caller holds the watch.
+int herd_read(const uint8_t* data, int64_t bytes) {
+  Machine& m = machine();
+  std::lock_guard<std::mutex> lock(m.busy);
+  std::atomic<uint64_t> all{0};
+  parallel(m.pool, (bytes + kReadPart - 1) / kReadPart, [&](int64_t part, int) {
+    const int64_t start = part * kReadPart, count = std::min(kReadPart, bytes - start);
+    uint64_t sum = 0;
+#ifdef HERD_X86
+    if (m.path != kPortable) read_avx2(data + start, count, &sum);
+    else read_portable(data + start, count, &sum);
+#else
+    read_portable(data + start, count, &sum);
+#endif
+    all ^= sum;
+  });
+  return kOk;
+}
+
+// Multiply and add bytes in registers, with all threads; how many operations that were.
+double herd_peak() {
+  Machine& m = machine();
+  std::lock_guard<std::mutex> lock(m.busy);
+  std::vector<double> each(size_t(4 * m.pool.size()));
+  parallel(m.pool, int64_t(each.size()), [&](int64_t i, int) { each[size_t(i)] = peak(m.path) * double(kPeakRounds); });
+  double total = 0;
+  for (double operations : each) total += operations;
+  return total;
 }
 
 }  // extern "C"
