@@ -1,8 +1,8 @@
 """The native kernels, if they were built: plain buffers through ctypes, one pool of threads for the process.
 
 They are built when herd is installed and a C++ compiler is there (`native.cpp`); without them herd says so once and runs the plain torch
-definitions in `herd/ops/int4.py`, which these are held equal to. The instruction set is chosen when the library is loaded; a result does
-not depend on it, nor on the number of threads, nor on what else is computed in the same call.
+definitions in `herd/ops/int4.py` and `herd/ops/sample.py`, which these are held equal to. The instruction set is chosen when the library is
+loaded; a result does not depend on it, nor on the number of threads, nor on what else is computed in the same call.
 
 HERD_NATIVE: "off", or a path to hold it to: "portable", "avx2", "vnni".
 """
@@ -19,8 +19,10 @@ from herd.errors import UsageError
 from herd.log import log
 from herd.ops.int4 import kind_of
 from herd.ops.native import tables
+from herd.ops.sample import Draw, not_numbers
 
 _PATHS = ("portable", "avx2", "vnni")
+_NOT_NUMBERS = 4
 _FAULTS = {1: "shapes that do not fit together", 2: "no memory", 3: "this machine has not the instructions"}
 
 
@@ -35,6 +37,7 @@ class Kernels:
         self._library.herd_use_threads.argtypes = [number]
         self._library.herd_round.argtypes = [pointer, size, size, pointer, pointer]
         self._library.herd_product.argtypes = [pointer, size, size, size, number, number, number, pointer, pointer, pointer]
+        self._library.herd_sample.argtypes = [pointer, size, pointer, pointer]
         self.use_threads(default_threads())
 
     @property
@@ -88,6 +91,17 @@ class Kernels:
             )
         )
         return y
+
+    def sample(self, logits: Tensor, draw: Draw) -> int:
+        """`herd.ops.sample.sample_plain`: logits [V] float32 -> a token."""
+        assert logits.dtype == torch.float32 and logits.dim() == 1
+        logits, token = logits.contiguous(), ctypes.c_int64()
+        table = tables.Draw(draw.scale, draw.top_p, draw.point, draw.top_k, draw.least)
+        fault = self._library.herd_sample(logits.data_ptr(), len(logits), ctypes.byref(table), ctypes.byref(token))
+        if fault == _NOT_NUMBERS:
+            raise not_numbers()
+        _check(fault)
+        return token.value
 
     def step(self, model: tables.Model, step: tables.Step) -> None:
         """All layers of a model for one step; `step.x` goes in as embeddings and comes out as hidden states."""

@@ -3,9 +3,11 @@
 // Every function may be called from any thread; calls run one after another, each on all threads of the pool.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <new>
@@ -22,17 +24,26 @@ using namespace herd;
 enum Path { kPortable, kAvx2, kVnni };
 constexpr int64_t kLanesOfHead = 8;  // a head is a multiple of this wide
 
-enum Error { kOk = 0, kBadShape = 1, kNoMemory = 2, kNoPath = 3 };
+enum Error { kOk = 0, kBadShape = 1, kNoMemory = 2, kNoPath = 3, kNotNumbers = 4 };
+
+constexpr int kWeightBits = 42;  // of the likeliest token, when one is drawn
+
+struct HerdDraw {  // all but the logits
+  double scale, top_p, point;
+  int64_t top_k, least;
+};
 
 #define HERD_TARGET
 namespace portable {
 #include "layer.inl"
+#include "sample.inl"
 }
 #undef HERD_TARGET
 #ifdef HERD_X86
 #define HERD_TARGET HERD_AVX2
 namespace avx2 {
 #include "layer.inl"
+#include "sample.inl"
 }
 #undef HERD_TARGET
 #endif
@@ -63,7 +74,7 @@ struct RoundedBuffer {  // room for rounded activations
 
 struct Machine {
   std::mutex busy;
-  Path path = best_path();
+  std::atomic<Path> path{best_path()};  // read without the lock
   Pool pool;
   RoundedBuffer inputs, hidden, routed;
   std::vector<float> floats;
@@ -312,6 +323,22 @@ int herd_step(const HerdModel* model, const HerdStep* step) {
     return kNoMemory;
   }
   return kOk;
+}
+
+// logits [count] float32 -> a token. Takes no lock and no thread of the pool.
+int herd_sample(const float* logits, int64_t count, const HerdDraw* draw, int64_t* token) {
+  if (!logits || !draw || !token || count < 1 || count > int64_t(1) << (63 - kWeightBits) || draw->top_k < 0 || draw->least < 0 ||
+      draw->least > int64_t(1) << kWeightBits || !(draw->scale > 0) || !(draw->top_p >= 0 && draw->top_p <= 1) ||
+      !(draw->point >= 0 && draw->point < 1))
+    return kBadShape;
+  try {
+#ifdef HERD_X86
+    if (machine().path != kPortable) return avx2::sample(logits, count, *draw, token);
+#endif
+    return portable::sample(logits, count, *draw, token);
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
 }
 
 }  // extern "C"
