@@ -5,6 +5,7 @@ definitions in `herd/ops/int4.py` and `herd/ops/sample.py`, which these are held
 loaded; a result does not depend on it, nor on the number of threads, nor on what else is computed in the same call.
 
 HERD_NATIVE: "off", or a path to hold it to: "portable", "avx2", "vnni".
+HERD_NATIVE_LIBRARY: a file to load in place of the one that was installed, as `make sanitize` does.
 """
 
 import ctypes
@@ -129,7 +130,8 @@ def kernels() -> Kernels | None:
     wish = os.environ.get("HERD_NATIVE", "")
     if wish == "off":
         return None
-    files = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    chosen = os.environ.get("HERD_NATIVE_LIBRARY")
+    files = [Path(chosen)] if chosen else sorted(Path(__file__).parent.glob("_kernels*.so"))
     if not files:
         log.warning("herd's native kernels are not built, so 4-bit weights run slowly; install a C++ compiler and herd again")
         return None

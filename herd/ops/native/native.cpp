@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <limits>
 #include <mutex>
@@ -217,12 +218,62 @@ void cut(std::vector<Part>& parts, const Blocks& w, const Rounded& x, float* y, 
   for (int64_t b = 0; b < blocks; b += step) parts.push_back({w, x, y, stride, b, std::min(b + step, blocks), token, tokens});
 }
 
+// Whether a buffer of a * b may be: no product or sum of a few such sizes overflows.
+bool fits(int64_t a, int64_t b) {
+  constexpr int64_t kMost = int64_t(1) << 40;
+  return a >= 0 && b >= 0 && (a == 0 || b <= kMost / a);
+}
+
 bool is_sound(const Blocks& w) {
-  return (w.bits == 4 || w.bits == 8) && (w.group == 32 || w.group == 128) && w.rows > 0 && w.columns > 0 && w.rows % kRows == 0 &&
-         w.columns % w.group == 0 && !(w.bits == 8 && (w.has_minimum || w.group != 32));
+  return w.data && (w.bits == 4 || w.bits == 8) && (w.group == 32 || w.group == 128) && w.rows > 0 && w.columns > 0 && fits(w.rows, w.columns) &&
+         w.rows % kRows == 0 && w.columns % w.group == 0 && !(w.bits == 8 && (w.has_minimum || w.group != 32));
 }
 
 #include "step.inl"
+
+bool is_matrix(const HerdMatrix& m, int64_t rows, int64_t columns) {
+  return m.rows == rows && m.columns == columns && is_sound(blocks_of(m));
+}
+
+bool is_sound(const HerdModel& m) {
+  const int64_t D = m.width, H = m.heads, G = m.kv_heads, K = m.head_width;
+  if (D < 1 || H < 1 || G < 1 || K < 1 || D % kGroup || K % kLanesOfHead || H % G || !fits(H, K) || m.num_layers < 0 || !m.layers)
+    return false;
+  for (const HerdLayer* l = m.layers; l < m.layers + m.num_layers; ++l) {
+    const int64_t F = l->gate.rows, S = l->experts_gate.rows;
+    if (!l->attention_norm || !l->ffn_norm || !l->keys || !l->values || !is_matrix(l->q, H * K, D) || !is_matrix(l->k, G * K, D) ||
+        !is_matrix(l->v, G * K, D) || !is_matrix(l->o, D, H * K) || !is_matrix(l->gate, F, D) || !is_matrix(l->up, F, D) ||
+        !is_matrix(l->down, D, F))
+      return false;
+    if (l->router && (m.experts_per_token < 1 || m.experts < m.experts_per_token || !is_matrix(l->experts_gate, S, D) ||
+                      !is_matrix(l->experts_up, S, D) || !is_matrix(l->experts_down, D, S) || !fits(m.experts, S * D)))
+      return false;
+  }
+  return true;
+}
+
+bool is_sound(const HerdReach& reach, const HerdStep& s) {
+  if (!reach.write || !reach.read || !reach.lengths) return false;
+  for (int64_t b = 0; b < s.sequences; ++b)
+    if (reach.lengths[b] < s.counts[b]) return false;
+  return true;
+}
+
+bool is_sound(const HerdStep& s, const HerdModel& m) {
+  if (s.tokens < 1 || s.sequences < 1 || !s.counts || !s.cos || !s.sin || !s.temperature || !s.x) return false;
+  int64_t tokens = 0;
+  for (int64_t b = 0; b < s.sequences; ++b) {
+    if (s.counts[b] < 0 || s.counts[b] > s.tokens - tokens) return false;
+    tokens += s.counts[b];
+  }
+  if (tokens != s.tokens || !fits(s.tokens, m.width) || !fits(s.tokens, 3 * m.heads * m.head_width)) return false;
+  for (const HerdLayer* l = m.layers; l < m.layers + m.num_layers; ++l) {
+    if (!fits(s.tokens, l->gate.rows) || !is_sound(l->is_local ? s.local : s.full, s)) return false;
+    const int64_t k = m.experts_per_token, widest = std::max(m.width, l->experts_gate.rows);
+    if (l->router && (!fits(s.tokens, k) || !fits(s.tokens * k, widest))) return false;
+  }
+  return true;
+}
 
 }  // namespace
 
@@ -239,6 +290,7 @@ int herd_use_path(const char* name) {
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   for (Path path : {kPortable, kAvx2, kVnni}) {
+    if (!name) break;
     static const char* const names[] = {"portable", "avx2", "vnni"};
     if (!std::strcmp(name, names[path]) && path <= best_path()) {
       m.path = path;
@@ -252,13 +304,19 @@ int herd_use_threads(int count) {
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   if (count < 1 || count > 1024) return kBadShape;
-  if (count != m.pool.size()) m.pool.resize(count);
+  try {
+    if (count != m.pool.size()) m.pool.resize(count);
+  } catch (const std::exception&) {  // the system makes no more threads; those that it made are used
+    return kNoMemory;
+  }
   return kOk;
 }
 
 // x [tokens, columns] float32 -> codes int16 and scales float32 per 32 columns.
 int herd_round(const float* x, int64_t tokens, int64_t columns, int16_t* codes, float* scales) {
-  if (tokens < 0 || columns <= 0 || columns % kGroup) return kBadShape;
+  if (columns <= 0 || columns % kGroup || !fits(tokens, columns)) return kBadShape;
+  if (tokens == 0) return kOk;
+  if (!x || !codes || !scales) return kBadShape;
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   try {
@@ -280,16 +338,18 @@ int herd_round(const float* x, int64_t tokens, int64_t columns, int16_t* codes, 
 int herd_product(const uint8_t* data, int64_t num, int64_t rows, int64_t columns, int group, int bits, int has_minimum, const float* x,
                  const int64_t* counts, float* y) {
   Blocks w{data, rows, columns, group, bits, has_minimum != 0};
-  if (!is_sound(w) || num < 1) return kBadShape;
+  if (!is_sound(w) || num < 1 || !fits(num, rows * columns) || !counts) return kBadShape;
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   try {
     int64_t total = 0;
     for (int64_t e = 0; e < num; ++e) {
-      if (counts[e] < 0) return kBadShape;
+      if (counts[e] < 0 || !fits(counts[e], std::max(rows, columns))) return kBadShape;
       total += counts[e];
+      if (!fits(total, std::max(rows, columns))) return kBadShape;
     }
     if (total == 0) return kOk;
+    if (!x || !y) return kBadShape;
     const Rounded r = rounded(m, m.inputs, x, total, columns);
     Product job{m.path, {}};
     int64_t token = 0;
@@ -306,15 +366,7 @@ int herd_product(const uint8_t* data, int64_t num, int64_t rows, int64_t columns
 
 // All layers for one step. The tables must stay as they are during the call.
 int herd_step(const HerdModel* model, const HerdStep* step) {
-  if (step->tokens < 1 || model->width % kGroup || model->head_width % kLanesOfHead || model->heads % model->kv_heads) return kBadShape;
-  for (int64_t i = 0; i < model->num_layers; ++i) {
-    const HerdLayer& layer = model->layers[i];
-    for (const HerdMatrix* w : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
-      if (!is_sound(blocks_of(*w))) return kBadShape;
-    if (layer.router)
-      for (const HerdMatrix* w : {&layer.experts_gate, &layer.experts_up, &layer.experts_down})
-        if (!is_sound(blocks_of(*w))) return kBadShape;
-  }
+  if (!model || !step || !is_sound(*model) || !is_sound(*step, *model)) return kBadShape;
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   try {
