@@ -6,7 +6,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 
-.PHONY: serve test check format clean
+NATIVE    := $(wildcard herd/ops/native/*.cpp herd/ops/native/*.h herd/ops/native/*.inl)
+SANITIZED := build/sanitize/kernels.so
+
+.PHONY: serve test check format sanitize clean
 
 serve: $(VENV)/serve.stamp
 	@$(BIN)/herd pull cria >/dev/null
@@ -25,14 +28,23 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the native tests on a library that stops at the first wrong address or undefined operation
+sanitize: $(SANITIZED) $(VENV)/test.stamp
+	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	HERD_NATIVE_LIBRARY=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider \
+	tests/ops/test_interface.py tests/ops/test_native.py tests/ops/test_sample.py tests/engine/test_whole.py -k "not cheap" $(ARGS)
+
+$(SANITIZED): $(NATIVE)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -pthread -shared -fPIC -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -o $@ herd/ops/native/native.cpp
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build/sanitize
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("herd needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-
-NATIVE := $(wildcard herd/ops/native/*.cpp herd/ops/native/*.h herd/ops/native/*.inl)
 
 $(VENV)/serve.stamp: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[serve]'

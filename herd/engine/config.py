@@ -26,7 +26,9 @@ class EngineConfig:
         if self.kv not in ("auto", "fp32", "bf16", "int8"):
             raise UsageError(f"kv is {self.kv!r}; it must be auto, fp32, bf16 or int8", param="kv")
         if self.activation_bits not in (0, 8, 16):
-            raise UsageError(f"activation_bits is {self.activation_bits}; it must be 8, 16, or 0 for what suits the model", param="activation_bits")
+            raise UsageError(
+                f"activation_bits is {self.activation_bits}; it must be 8, 16, or 0 for what suits the model", param="activation_bits"
+            )
         if self.threads < 0:
             raise UsageError(f"threads is {self.threads}; it must be 0 (all) or more", param="threads")
         if self.context_tokens is not None and self.context_tokens < 2:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from herd.chat import Sampling
+from herd.ops.pick import sample
+from herd.ops.sample import Draw
 
 
 class Sampler:
@@ -18,28 +20,8 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """logits: [V] float32 -> a token. Temperature 0 takes the likeliest, the lowest id on a tie."""
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        kept, ids = distribution(logits, self.sampling)
-        point = torch.rand((), generator=self.generator, dtype=torch.float64)
-        cumulative = kept.cumsum(0)
-        place = torch.searchsorted(cumulative, point.to(cumulative.device) * cumulative[-1], right=True)
-        return int(ids[place.clamp(max=len(ids) - 1)])
-
-
-def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """What is left to draw from: probabilities [n] float64, descending and not renormalised, and their tokens [n].
-
-    top_p keeps the token that crosses the threshold, so that at least one is always left; min_p is relative to the likeliest.
-    Source: transformers' TopPLogitsWarper and MinPLogitsWarper (arXiv 2407.01082).
-    """
-    assert sampling.temperature is not None and sampling.top_p is not None
-    logits = (logits.double() - logits.max()) / sampling.temperature  # from the top, so that no temperature overflows
-    k = min(sampling.top_k or len(logits), len(logits))
-    top, ids = logits.topk(k) if k < len(logits) else logits.sort(descending=True, stable=True)
-    probs = (top - top.logsumexp(0)).exp()
-    keep = probs.cumsum(0) - probs < sampling.top_p
-    keep &= probs >= sampling.min_p * probs[0]
-    keep[0] = True
-    return probs[keep], ids[keep]
+        """logits: [V] float32 -> a token. Temperature 0 takes the likeliest, the lowest id on a tie. Raises `HerdError` on NaNs."""
+        s = self.sampling
+        assert s.temperature is not None and s.top_p is not None
+        point = float(torch.rand((), generator=self.generator, dtype=torch.float64)) if s.temperature else 0.0
+        return sample(logits, Draw(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, point=point))

@@ -32,7 +32,9 @@ class WholeStep:
         bits = model.layers[0].attention.q.bits  # type: ignore[union-attr]
         self._head = model.embed if model.head is None else model.head
         self._embeds, self._heads = (isinstance(part, BlocksLinear) for part in (model.embed, self._head))
-        matrices = [tables.Matrix.of(part.weight) if isinstance(part, BlocksLinear) else tables.Matrix() for part in (model.embed, self._head)]
+        matrices = [
+            tables.Matrix.of(part.weight) if isinstance(part, BlocksLinear) else tables.Matrix() for part in (model.embed, self._head)
+        ]
         self._frequencies = frequencies(c.head_width, c.rope_theta, c.rope_scaling).double()  # [K/2]
         self._table = tables.Model(
             c.width,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from herd.ops.int4 import blocks_linear_plain, dequantize
 from herd.ops.native import kernels
+from herd.ops.sample import Draw, sample_plain
 
 
 def blocks_linear(x: Tensor, blocks: Tensor, counts: Tensor | None = None, *, bits: int = 16) -> Tensor:
@@ -31,3 +32,9 @@ def blocks_linear(x: Tensor, blocks: Tensor, counts: Tensor | None = None, *, bi
 
 def _dequantized_linear(x: Tensor, blocks: Tensor) -> Tensor:
     return x @ dequantize(blocks, x.dtype).T
+
+
+def sample(logits: Tensor, draw: Draw) -> int:
+    """logits [V] float32 -> a token: natively on a CPU where the kernels are built, else `sample_plain`. The same token on all."""
+    native = kernels() if logits.device.type == "cpu" else None
+    return native.sample(logits, draw) if native is not None else sample_plain(logits, draw)

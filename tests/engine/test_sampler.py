@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from herd.chat import Sampling
-from herd.engine.sampler import Sampler, distribution
-from herd.errors import UsageError
+from herd.engine.sampler import Sampler
+from herd.errors import HerdError, UsageError
+from herd.ops import sample
 
 
 def kept(logits: list[float], **fields: float) -> dict[int, float]:
-    probs, ids = distribution(torch.tensor(logits), Sampling(**{"temperature": 1.0, "top_p": 1.0, **fields}))
-    probs = probs / probs.sum()
-    return dict(zip(ids.tolist(), probs.tolist(), strict=True))
+    draw = sample.Draw(**{"temperature": 1.0, "point": 0.0, **fields})  # type: ignore[arg-type]
+    weights, ids = sample.kept(torch.tensor(logits), draw)
+    return dict(zip(ids.tolist(), (weights / weights.sum()).tolist(), strict=True))
 
 
 LOGITS = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().tolist()
@@ -94,3 +95,9 @@ def test_a_temperature_next_to_nothing_is_greedy() -> None:
     logits = torch.randn(50)
     for temperature in (1e-6, 1e-300, 1e-320):
         assert Sampler(Sampling(temperature=temperature, top_p=1.0))(logits) == logits.argmax()
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    for temperature in (0, 1.0):
+        with pytest.raises(HerdError, match="NaN"):
+            Sampler(Sampling(temperature=temperature, top_p=1.0))(torch.tensor([0.0, float("nan"), 1.0]))

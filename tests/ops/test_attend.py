@@ -130,9 +130,7 @@ def test_paged_equals_packed(lengths: list[int], chunk: int, heads: tuple[int, i
         step = rng.sample(waiting, rng.randint(1, len(waiting)))
         runs = [served[i].runs(rng.choice([1, 2, 5, 25])) for i in step]
         rows = torch.tensor([starts[i] + p for i, (new, *_) in zip(step, runs, strict=True) for p in new])
-        local, everything = (
-            Reach([run[which] for run in runs], [len(run[which]) for run in runs], page_tokens=1) for which in (1, 2)
-        )
+        local, everything = (Reach([run[which] for run in runs], [len(run[which]) for run in runs], page_tokens=1) for which in (1, 2))
         attend = Paged([Slots(*pair) for pair in zip(keys, values, strict=True)], [len(run[0]) for run in runs], local, everything)
         for is_local, (q, k, v) in layers.items():
             out = attend(0 if is_local else 1, is_local, q[rows], k[rows], v[rows])

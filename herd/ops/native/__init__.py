@@ -1,10 +1,11 @@
 """The native kernels, if they were built: plain buffers through ctypes, one pool of threads for the process.
 
 They are built when herd is installed and a C++ compiler is there (`native.cpp`); without them herd says so once and runs the plain torch
-definitions in `herd/ops/int4.py`, which these are held equal to. The instruction set is chosen when the library is loaded; a result does
-not depend on it, nor on the number of threads, nor on what else is computed in the same call.
+definitions in `herd/ops/int4.py` and `herd/ops/sample.py`, which these are held equal to. The instruction set is chosen when the library is
+loaded; a result does not depend on it, nor on the number of threads, nor on what else is computed in the same call.
 
 HERD_NATIVE: "off", or a path to hold it to: "portable", "avx2", "vnni".
+HERD_NATIVE_LIBRARY: a file to load in place of the one that was installed, as `make sanitize` does.
 """
 
 import ctypes
@@ -20,8 +21,10 @@ from herd.errors import UsageError
 from herd.log import log
 from herd.ops.int4 import kind_of
 from herd.ops.native import tables
+from herd.ops.sample import Draw, not_numbers
 
 _PATHS = ("portable", "avx2", "vnni")
+_NOT_NUMBERS = 4
 _FAULTS = {1: "shapes that do not fit together", 2: "no memory", 3: "this machine has not the instructions"}
 
 
@@ -38,6 +41,7 @@ class Kernels:
         self._library.herd_product.argtypes = [pointer, size, size, size, number, number, number, number, pointer, pointer, pointer]
         self._library.herd_read.argtypes = [pointer, size]
         self._library.herd_peak.restype = ctypes.c_double
+        self._library.herd_sample.argtypes = [pointer, size, pointer, pointer]
         self.use_threads(default_threads())
 
     @property
@@ -93,6 +97,17 @@ class Kernels:
         )
         return y
 
+    def sample(self, logits: Tensor, draw: Draw) -> int:
+        """`herd.ops.sample.sample_plain`: logits [V] float32 -> a token."""
+        assert logits.dtype == torch.float32 and logits.dim() == 1
+        logits, token = logits.contiguous(), ctypes.c_int64()
+        table = tables.Draw(draw.scale, draw.top_p, draw.point, draw.top_k, draw.least)
+        fault = self._library.herd_sample(logits.data_ptr(), len(logits), ctypes.byref(table), ctypes.byref(token))
+        if fault == _NOT_NUMBERS:
+            raise not_numbers()
+        _check(fault)
+        return token.value
+
     def read_gb_s(self, data: Tensor) -> float:
         """How fast all threads together read memory: GB/s over `data`, which should be far larger than the caches."""
         start = time.perf_counter()
@@ -131,7 +146,8 @@ def kernels() -> Kernels | None:
     wish = os.environ.get("HERD_NATIVE", "")
     if wish == "off":
         return None
-    files = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    chosen = os.environ.get("HERD_NATIVE_LIBRARY")
+    files = [Path(chosen)] if chosen else sorted(Path(__file__).parent.glob("_kernels*.so"))
     if not files:
         log.warning("herd's native kernels are not built, so 4-bit weights run slowly; install a C++ compiler and herd again")
         return None

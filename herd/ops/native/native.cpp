@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <new>
@@ -40,12 +42,20 @@ struct SoftmaxRow {
   float totals[8] = {};
 };
 
-enum Error { kOk = 0, kBadShape = 1, kNoMemory = 2, kNoPath = 3 };
+enum Error { kOk = 0, kBadShape = 1, kNoMemory = 2, kNoPath = 3, kNotNumbers = 4 };
+
+constexpr int kWeightBits = 42;  // of the likeliest token, when one is drawn
+
+struct HerdDraw {  // all but the logits
+  double scale, top_p, point;
+  int64_t top_k, least;
+};
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors of 8 floats never leave this file
 #define HERD_TARGET
 namespace portable {
 #include "layer.inl"
+#include "sample.inl"
 }
 #undef HERD_TARGET
 #ifdef HERD_X86
@@ -53,6 +63,7 @@ namespace portable {
 #define HERD_FMA
 namespace avx2 {
 #include "layer.inl"
+#include "sample.inl"
 }
 #undef HERD_TARGET
 #undef HERD_FMA
@@ -90,7 +101,7 @@ struct RoundedBuffer {  // room for rounded activations
 
 struct Machine {
   std::mutex busy;
-  Path path = best_path();
+  std::atomic<Path> path{best_path()};  // read without the lock
   Pool pool;
   RoundedBuffer inputs, hidden, routed;
   std::vector<float> floats;
@@ -264,14 +275,11 @@ void embed(const Blocks& w, int64_t row, float* out) {
   }
 }
 
-bool is_sound(const Blocks& w) {
-  return (w.bits == 4 || w.bits == 8) && (w.group == 32 || w.group == 128) && w.rows > 0 && w.columns > 0 && w.rows % kRows == 0 &&
-         w.columns % w.group == 0 && !(w.bits == 8 && (w.has_minimum || w.group != 32));
-}
-
 #include "step.inl"
 
 #include "limits.inl"
+
+#include "sound.inl"
 
 }  // namespace
 
@@ -288,6 +296,7 @@ int herd_use_path(const char* name) {
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   for (Path path : {kPortable, kAvx2, kVnni}) {
+    if (!name) break;
     static const char* const names[] = {"portable", "avx2", "vnni"};
     if (!std::strcmp(name, names[path]) && path <= best_path()) {
       m.path = path;
@@ -301,13 +310,19 @@ int herd_use_threads(int count) {
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   if (count < 1 || count > 1024) return kBadShape;
-  if (count != m.pool.size()) m.pool.resize(count);
+  try {
+    if (count != m.pool.size()) m.pool.resize(count);
+  } catch (const std::exception&) {  // the system makes no more threads; those that it made are used
+    return kNoMemory;
+  }
   return kOk;
 }
 
 // x [tokens, columns] float32 -> codes int16 and scales float32 per 32 columns.
 int herd_round(const float* x, int64_t tokens, int64_t columns, int parts, int16_t* codes, float* scales) {
-  if (tokens < 0 || columns <= 0 || columns % kGroup || parts < 1 || parts > 2) return kBadShape;
+  if (columns <= 0 || columns % kGroup || !fits(tokens, columns) || parts < 1 || parts > 2) return kBadShape;
+  if (tokens == 0) return kOk;
+  if (!x || !codes || !scales) return kBadShape;
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   try {
@@ -333,20 +348,24 @@ int herd_round(const float* x, int64_t tokens, int64_t columns, int parts, int16
 int herd_product(const uint8_t* data, int64_t num, int64_t rows, int64_t columns, int group, int bits, int has_minimum, int parts,
                  const float* x, const int64_t* counts, float* y) {
   Blocks w{data, rows, columns, group, bits, has_minimum != 0};
-  if (!is_sound(w) || num < 1 || parts < 1 || parts > 2) return kBadShape;
+  if (!is_sound(w) || num < 1 || !fits(num, rows * columns) || !counts || parts < 1 || parts > 2) return kBadShape;
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   try {
-    std::vector<int64_t> padded;  // where each row lies when every matrix's rows start a tile
-    int64_t tiles = 0;
-    for (int64_t e = 0; e < num; tiles += tiles_of(counts[e]), ++e) {
-      if (counts[e] < 0) return kBadShape;
-      for (int64_t i = 0; i < counts[e]; ++i) padded.push_back(tiles * kTile + i);
+    int64_t total = 0, tiles = 0;
+    for (int64_t e = 0; e < num; ++e) {
+      if (counts[e] < 0 || !fits(counts[e], std::max(rows, columns))) return kBadShape;
+      total += counts[e], tiles += tiles_of(counts[e]);
+      if (!fits(tiles * kTile, std::max(rows, columns))) return kBadShape;
     }
-    if (padded.empty()) return kOk;
+    if (total == 0) return kOk;
+    if (!x || !y) return kBadShape;
+    std::vector<int64_t> padded;  // where each row lies when every matrix's rows start a tile
+    for (int64_t e = 0, start = 0; e < num; start += tiles_of(counts[e]) * kTile, ++e)
+      for (int64_t i = 0; i < counts[e]; ++i) padded.push_back(start + i);
     m.inputs.hold(tiles * kTile, columns, parts);
     auto round = [&](int64_t i, int) { round_token(m.path, x + i * columns, columns, m.inputs, padded[size_t(i)]); };
-    parallel(m.pool, int64_t(padded.size()), round);
+    parallel(m.pool, total, round);
     Product job{m.path, {}};
     int64_t tile = 0;
     for (int64_t e = 0; e < num; w.data += rows / kRows * w.row_bytes(), ++e) {
@@ -362,23 +381,7 @@ int herd_product(const uint8_t* data, int64_t num, int64_t rows, int64_t columns
 
 // All layers for one step. The tables must stay as they are during the call.
 int herd_step(const HerdModel* model, const HerdStep* step) {
-  for (const HerdReach* reach : {&step->local, &step->full})
-    if (reach->pages && reach->page_tokens < 1) return kBadShape;
-  if (step->tokens < 1 || model->width % kGroup || model->head_width % kKeys || model->head_width > kMostHeadWidth || model->kv_heads < 1 ||
-      model->heads % model->kv_heads || model->heads / model->kv_heads > kMostQueriesPerKey || model->activation_parts < 1 ||
-      model->activation_parts > 2)
-    return kBadShape;
-  for (int64_t i = 0; i < model->num_layers; ++i) {
-    const HerdLayer& layer = model->layers[i];
-    if (layer.pages.slot_width != model->kv_heads * model->head_width) return kBadShape;
-    for (const HerdMatrix* w : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
-      if (!is_sound(blocks_of(*w))) return kBadShape;
-    if (layer.router)
-      for (const HerdMatrix* w : {&layer.experts_gate, &layer.experts_up, &layer.experts_down})
-        if (!is_sound(blocks_of(*w))) return kBadShape;
-  }
-  if (step->ids && !is_sound(blocks_of(model->embed))) return kBadShape;
-  if (step->logits && !is_sound(blocks_of(model->head))) return kBadShape;
+  if (!model || !step || !is_sound(*model) || !is_sound(*step, *model)) return kBadShape;
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
   try {
@@ -417,6 +420,22 @@ double herd_peak() {
   double total = 0;
   for (double operations : each) total += operations;
   return total;
+}
+
+// logits [count] float32 -> a token. Takes no lock and no thread of the pool.
+int herd_sample(const float* logits, int64_t count, const HerdDraw* draw, int64_t* token) {
+  if (!logits || !draw || !token || count < 1 || count > int64_t(1) << (63 - kWeightBits) || draw->top_k < 0 || draw->least < 0 ||
+      draw->least > int64_t(1) << kWeightBits || !(draw->scale > 0) || !(draw->top_p >= 0 && draw->top_p <= 1) ||
+      !(draw->point >= 0 && draw->point < 1))
+    return kBadShape;
+  try {
+#ifdef HERD_X86
+    if (machine().path != kPortable) return avx2::sample(logits, count, *draw, token);
+#endif
+    return portable::sample(logits, count, *draw, token);
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
 }
 
 }  // extern "C"

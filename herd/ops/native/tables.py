@@ -1,4 +1,4 @@
-"""The tables of pointers that a whole step takes, as `step.inl` lays them out."""
+"""The tables that native calls take, as `step.inl` and `native.cpp` lay them out."""
 
 import ctypes
 from typing import ClassVar
@@ -106,4 +106,16 @@ class Step(ctypes.Structure):
         ("num_rows", ctypes.c_int64),
         ("rows", _int_p),
         ("logits", _float_p),
+    )
+
+
+class Draw(ctypes.Structure):
+    """`herd.ops.sample.Draw`."""
+
+    _fields_ = (
+        ("scale", ctypes.c_double),
+        ("top_p", ctypes.c_double),
+        ("point", ctypes.c_double),
+        ("top_k", ctypes.c_int64),
+        ("least", ctypes.c_int64),
     )
