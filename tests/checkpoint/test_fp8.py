@@ -192,7 +192,7 @@ def test_a_model_on_a_cpu(folder: Path, caplog: pytest.LogCaptureFixture) -> Non
         "dtype=torch.float32 loads them exactly, `herd quantize` does it once for good"
     ]
     assert isinstance(model.get_submodule("layers.1.ffn.experts"), BlocksExperts)
-    assert 0 < (near - exact).abs().max() < 0.1 * exact.std()
+    assert 0 < (near - exact).abs().mean() < 0.03 * exact.std()
 
 
 # --- what is not whole
