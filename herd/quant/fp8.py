@@ -2,11 +2,11 @@
 
 The published FP8 files of Llama 4 agree on the routed experts. Meta's keep all else in bfloat16; those that llm-compressor makes have the
 shared experts and dense layers as well, and leave out attention, router, embedding, head and eyes. The latter it is here: what it adds to
-the experts is read for every token, what it leaves out is 3% of Scout. Source: llm-compressor's Llama 4 example, its `ignore` list;
+the experts is read for every token, and attention is 3% of Scout. Source: llm-compressor's Llama 4 example, its `ignore` list;
 llama_models, llama4/quantization/loader.py.
 
 A row's number of largest magnitude becomes 448 or nearly so: its scale is rounded to bfloat16, in which published files have theirs. So
-code times scale is exact in float32, whoever multiplies. rms error over rms weight: 0.0263 for Gaussian weights, whatever the row's
+code times scale is exact in float32, whoever multiplies. rms error over rms weight: 0.0264 for Gaussian weights, whatever the row's
 length; int8 in groups of 32, a bit more room, has 0.0053.
 """
 
