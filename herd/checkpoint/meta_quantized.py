@@ -123,7 +123,7 @@ def find_scales(folder: Path, num_shards: int, wanted: Mapping[str, FileTensor],
     for path, regions in zip(paths, scales.shards, strict=True):
         check_tensors(
             {key: region.shape for key, region in regions.items()},
-            {key: _scales_shape(bits, shapes[t.herd[0]], t.split, num_shards) for key, t in named.items()},
+            {key: _scales_shape(f"{path}: {key}", bits, shapes[t.herd[0]], t.split, num_shards) for key, t in named.items()},
             str(path),
         )
         for key, region in regions.items():
@@ -132,9 +132,11 @@ def find_scales(folder: Path, num_shards: int, wanted: Mapping[str, FileTensor],
     return scales
 
 
-def _scales_shape(bits: int, shape: tuple[int, ...], split: int | None, num_shards: int) -> tuple[int, ...]:
+def _scales_shape(where: str, bits: int, shape: tuple[int, ...], split: int | None, num_shards: int) -> tuple[int, ...]:
     """Of one shard's scales for herd's [E, out, in] or [out, in]."""
     *E, N, K = (n // num_shards if dim == split else n for dim, n in enumerate(shape))
+    if bits == 4 and K % _KIND.group:
+        raise CheckpointError(f"{where} is for {K} columns in each of {num_shards} shards, no whole groups of {_KIND.group}", _AGAIN)
     return (*E, N) if bits == 8 else (*E, K // _KIND.group, N)
 
 
@@ -151,20 +153,19 @@ def _fp8(where: str, part: Part, data: list[Region], scales: list[Region]) -> St
 
 
 def _int4(where: str, part: Part, data: list[Region], scales: list[Region], warn: Callable[..., None]) -> Stored:
-    *E, N, K = part.shape
+    (*E, N, K), split = part.shape, part.split
+    assert split is not None
     packed = replace(part, shape=(*E, N, K // 2))
     step = 1 if E else ROWS  # rows of the matrix for one of its blocks'
-    assert part.split is not None
 
     def codes(start: int, stop: int) -> Tensor:
         pairs = packed.read(data, start, stop)
         return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2) ^ 8  # -8..7 -> 0..15
 
     def scale(start: int, stop: int) -> Tensor:
-        assert part.split is not None
         if E:
-            return torch.cat([region.rows(start, stop).transpose(1, 2) for region in scales], part.split)  # [experts, out, in / 128]
-        return torch.cat([region.rows(0, region.shape[0]).T for region in scales], part.split)[start:stop]
+            return torch.cat([region.rows(start, stop).transpose(1, 2) for region in scales], split)  # [experts, out, in / 128]
+        return torch.cat([region.rows(0, region.shape[0]).T for region in scales], split)[start:stop]
 
     def rows(start: int, stop: int) -> Tensor:
         numbers = torch.unflatten((codes(start, stop).to(torch.int8) - 8).float(), -1, (-1, _KIND.group))

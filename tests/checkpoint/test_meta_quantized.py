@@ -313,6 +313,15 @@ def test_files_of_scales_that_are_missing_or_too_many(made: dict[tuple[str, int]
         open_source(folder)
 
 
+def test_columns_that_are_no_whole_groups(tmp_path: Path) -> None:
+    write(random_source(replace(MOE, hidden_width=384)), tmp_path / "model", "meta", num_shards=SHARDS)
+    key = "layers.1.feed_forward.experts.w2"
+    for rank in range(SHARDS):
+        torch.save({key: torch.ones(3, 1, 128)}, tmp_path / "model" / f"int4_scales_{rank}.pt")
+    with pytest.raises(CheckpointError, match=rf"{key} is for 192 columns in each of 2 shards, no whole groups of 128"):
+        open_source(tmp_path / "model")
+
+
 def test_a_cut_file_of_scales(made: dict[tuple[str, int], Path], tmp_path: Path) -> None:
     folder = copy_of(made["fp8_mixed", SHARDS], tmp_path / "model")
     path = folder / "fp8_scales_0.pt"
