@@ -5,13 +5,16 @@ a matrix each, `experts.{j}.gate_proj.weight`:
 
     pack-quantized    X.weight_packed [out, in / 8] int32, column v * 8 + n in bits 4 n .. 4 n + 3, code - 8 being the number
                       X.weight_scale [out, in / group], X.weight_shape [2]; value = scale * (code - 8)
-    float-quantized   X.weight [out, in] float8_e4m3fn, X.weight_scale [out, 1]; value = scale * weight
+    float-quantized   X.weight [out, in] float8_e4m3fn, X.weight_scale [out, 1]; value = scale * weight; inputs rounded token by token
 
-Scales are of the model's dtype, mostly bfloat16. One below 2^-17 is rounded when it becomes float16, by 2^-25 at most, and a float32 scale
-has no float16 at all: such a matrix has no blocks in herd, only its values. Rounding of activations is not part of a file; what herd
-computes with is finer. Source: compressed_tensors, compressors/pack_quantized; llm-compressor, modeling/llama4.py (the experts' names).
+Scales are of the model's dtype, mostly bfloat16. In int4 one below 2^-17 is rounded when it becomes float16, by 2^-25 at most, and a
+float32 scale has no float16 at all: such a matrix has no blocks in herd, only its values and blocks near them. A group of more columns than
+herd's becomes several of the same scale. 8-bit floats are kept as they are. They are written with float32 scales, which all readers take.
+Rounding of activations is not part of a file; what herd computes with is finer. Source: compressed_tensors, compressors/pack_quantized and
+naive_quantized; llm-compressor, modeling/llama4.py (the experts' names).
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -22,7 +25,8 @@ import torch
 from torch import Tensor
 
 from herd.checkpoint.names import FileTensor
-from herd.checkpoint.source import Region, Stored
+from herd.checkpoint.rounding import checked_half, read_float8, with_near
+from herd.checkpoint.source import Float8, Region, Stored
 from herd.errors import CheckpointError
 from herd.ops.int4 import KINDS, ROWS, Kind, pack_int4, unpack_int4
 
@@ -80,7 +84,7 @@ def matrices(regions: Mapping[str, Region], scheme: Scheme) -> dict[str, Stored]
 def _float8(name: str, weight: Region, scale: Region) -> Stored:
     if weight.dtype != torch.float8_e4m3fn or scale.shape != (weight.shape[0], 1):
         raise CheckpointError(f"{name} is {weight.dtype} with scales {list(scale.shape)}, not float8 with one for each row")
-    return Stored(weight.shape, torch.float32, lambda a, b: weight.rows(a, b).float() * scale.rows(a, b).float(), rounded="float8")
+    return read_float8(name, weight, scale)
 
 
 def _int4(name: str, packed: Region, scale: Region, shape_at: Region, group: int) -> Stored:
@@ -101,16 +105,22 @@ def _int4(name: str, packed: Region, scale: Region, shape_at: Region, group: int
         numbers = torch.unflatten((codes(start, stop).to(torch.int8) - 8).float(), -1, (-1, group))
         return (numbers * scale.rows(start, stop).float()[..., None]).flatten(-2)
 
-    def blocks(start: int, stop: int) -> Tensor:
-        half = scale.rows(start * ROWS, stop * ROWS).half()
-        if not half.isfinite().all():
-            raise CheckpointError(f"{name} has scales that are not finite or too large for float16", "convert with --dtype float32")
-        return pack_int4(codes(start * ROWS, stop * ROWS), half)
+    kind = Kind(4, 128 if group % 128 == 0 else 32)
+    if group % kind.group or not kind.fits((N, K)):
+        return with_near(name, Stored((N, K), torch.float32, rows, rounded=f"int4 group {group}"), 4)
 
-    kind = Kind(4, group)
-    if kind not in KINDS.values() or not kind.fits((N, K)) or scale.dtype not in (torch.bfloat16, torch.float16):
-        return Stored((N, K), torch.float32, rows, rounded=f"int4 group {group}")
-    return Stored((N, K), torch.float32, rows, blocks=Stored(kind.blocks_shape((N, K)), torch.uint8, blocks))
+    def block_rows(start: int, stop: int) -> Tensor:
+        half = checked_half(name, scale.rows(start * ROWS, stop * ROWS))
+        return pack_int4(codes(start * ROWS, stop * ROWS), half.repeat_interleave(group // kind.group, -1))
+
+    blocks = Stored(kind.blocks_shape((N, K)), torch.uint8, block_rows)
+    if scale.dtype not in (torch.bfloat16, torch.float16):
+        return Stored((N, K), torch.float32, rows, near=blocks, rounded=f"int4 group {group}, {_short(scale.dtype)} scales")
+    return Stored((N, K), torch.float32, rows, blocks=blocks)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,52 +166,86 @@ def _stack(experts: list[Stored]) -> Stored:
         def rows(start: int, stop: int) -> Tensor:
             return torch.stack([part.read() for part in parts[start:stop]])
 
-        return Stored((len(parts), *parts[0].shape), parts[0].dtype, rows, rounded=parts[0].rounded)
+        return Stored((len(parts), *parts[0].shape), parts[0].dtype, rows)
 
-    whole = of(experts)
-    blocks = [expert.blocks for expert in experts if expert.blocks is not None]
-    if len(blocks) < len(experts):
-        return whole
-    return Stored(whole.shape, whole.dtype, whole.rows, blocks=of(blocks))
+    def all_of(faces: list[Stored | None]) -> Stored | None:
+        found = [face for face in faces if face is not None]
+        return of(found) if len(found) == len(faces) else None
+
+    float8 = [expert.float8 for expert in experts if expert.float8 is not None]
+    return dataclasses.replace(
+        of(experts),
+        blocks=all_of([expert.blocks for expert in experts]),
+        near=all_of([expert.near for expert in experts]),
+        float8=Float8(of([f.weight for f in float8]), of([f.scale for f in float8])) if len(float8) == len(experts) else None,
+        rounded=experts[0].rounded,
+    )
 
 
 def _expert(experts: Stored, index: int) -> Stored:
     """One expert's matrix of those that herd has in one: the other way."""
-    shape = experts.shape[1:]
-    blocks: Stored | None = None
-    if (packed := experts.blocks) is not None:
-        blocks = Stored(packed.shape[1:], packed.dtype, lambda a, b: packed.rows(index, index + 1)[0, a:b].contiguous())
-    return Stored(shape, experts.dtype, lambda a, b: experts.rows(index, index + 1)[0, a:b].contiguous(), blocks=blocks)
+
+    def of(whole: Stored) -> Stored:
+        return Stored(whole.shape[1:], whole.dtype, lambda a, b: whole.rows(index, index + 1)[0, a:b].contiguous())
+
+    blocks, float8 = experts.blocks, experts.float8
+    return dataclasses.replace(
+        of(experts),
+        blocks=of(blocks) if blocks is not None else None,
+        float8=Float8(of(float8.weight), of(float8.scale)) if float8 is not None else None,
+    )
 
 
 # --- writing
 
 
 def is_writable(stored: Stored) -> bool:
-    """Whether a tensor's blocks have a place in a file: int4 without minimums."""
+    """Whether a tensor's codes have a place in a file: int4 without minimums, and 8-bit floats with one scale for each row."""
+    if stored.float8 is not None:
+        return stored.float8.scale.shape[-1] == 1
     return stored.kind is not None and stored.kind.bits == 4 and not stored.kind.has_minimum
 
 
 def lay_out(tensors: Mapping[str, Stored], places: Mapping[str, Place]) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """A model with int4 matrices as the tensors of a file, and its `quantization_config`. The rest is written in floats."""
+    """A model with int4 or fp8 matrices as the tensors of a file, and its `quantization_config`. The rest is written in floats."""
     written: dict[str, Stored] = {}
-    ignored, groups = [], set()
+    ignored, schemes = [], set()
     for name, place in places.items():
         stored = tensors[place.herd] if place.expert is None else _expert(tensors[place.herd], place.expert)
-        if stored.kind and stored.blocks and is_writable(stored):
-            written |= _parts(name, stored.blocks)
-            groups.add(stored.kind.group)
+        if is_writable(stored):
+            if stored.float8 is not None:
+                written |= {name: stored.float8.weight, name + "_scale": stored.float8.scale}
+            elif stored.blocks is not None:
+                written |= _parts(name, stored.blocks)
+            schemes.add("float8" if stored.kind is None else f"int4 group {stored.kind.group}")
             continue
         written[name] = stored
         if len(stored.shape) == 2 and name.endswith(".weight") and "embed_tokens" not in name:
             ignored.append(name.removesuffix(".weight"))
-    if len(groups) > 1:
-        raise CheckpointError(f"the model has int4 groups of {sorted(groups)} columns; a Hugging Face file has one", "quantize it anew")
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": max(groups), "dynamic": False}
-    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    if len(schemes) > 1:
+        raise CheckpointError(f"the model has {' and '.join(sorted(schemes))}; a Hugging Face file has one of them", "quantize it anew")
+    (said,) = schemes
+    is_float = said == "float8"
+    weights: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+    inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+    if not is_float:
+        weights = {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": int(said.split()[-1]),
+            "dynamic": False,
+        }
+    scheme = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs if is_float else None,
+        "output_activations": None,
+    }
     return written, {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "float-quantized" if is_float else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
         "ignore": ignored,

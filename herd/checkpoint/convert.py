@@ -13,7 +13,7 @@ from herd.checkpoint.safefile import SHARD_BYTES
 from herd.checkpoint.save import staged
 from herd.checkpoint.source import Source, Stored
 from herd.errors import UsageError, nearest
-from herd.log import progress
+from herd.log import log, progress
 
 FORMATS = ("herd", "hf", "meta", "gguf")
 
@@ -42,7 +42,8 @@ def write(
         raise UsageError(f"no checkpoint format is called {to!r}", nearest(to, FORMATS) or f"there are: {', '.join(FORMATS)}")
     if dtype is not None:
         source = source.to(dtype)
-    num_bytes = sum((stored.packed if _keeps(to, stored) else stored).num_bytes for stored in source.tensors.values())
+    _warn_of_floats(to, source)
+    num_bytes = sum(stored.packed_bytes if _keeps(to, stored) else stored.num_bytes for stored in source.tensors.values())
     with staged(dst, num_bytes, is_folder=to != "gguf") as partial, progress(f"writing {dst.name}", num_bytes) as bar:
         if to == "herd":
             save.write(source, partial, bar.advance, shard_bytes=shard_bytes)
@@ -55,5 +56,13 @@ def write(
 
 
 def _keeps(to: str, stored: Stored) -> bool:
-    """Whether a format has a place for a tensor's blocks."""
-    return to in ("herd", "gguf") or (to == "hf" and compressed.is_writable(stored))
+    """Whether a format has a place for a tensor's blocks or 8-bit floats."""
+    if to == "herd":
+        return stored.kind is not None or stored.float8 is not None
+    return (to == "gguf" and stored.kind is not None) or (to == "hf" and compressed.is_writable(stored))
+
+
+def _warn_of_floats(to: str, source: Source) -> None:
+    """One line on quantized matrices that lose their codes, which loses no value but takes much room."""
+    if lost := sorted({stored.quantization for stored in source.tensors.values() if stored.quantization and not _keeps(to, stored)}):
+        log.warning("the format %s has no place for the codes of %s: such matrices are written as float32", to, ", ".join(lost))

@@ -1,8 +1,8 @@
 """GGUF, llama.cpp's format: reads `llama4` and dense `llama` files of any quantization, writes `llama4` files of floats or of blocks.
 
 Names differ from herd's and layouts do not, so a tensor is a region of the file, dequantized by rows; where its blocks hold the same
-numbers as herd's (Q4_0, Q4_1, Q8_0) they become herd's, and back (`gguf_blocks.py`). What matters is what llama.cpp
-*assumes* where the file says nothing. Source: llama.cpp, src/models/llama4.cpp and conversion/llama4.py:
+numbers as herd's (Q4_0, Q4_1, Q8_0) they become herd's, and back (`gguf_blocks.py`); of all other types herd has blocks near them. What
+matters is what llama.cpp *assumes* where the file says nothing. Source: llama.cpp, src/models/llama4.cpp and conversion/llama4.py:
 
     local layers have chunks of 8192 tokens, every 4th layer is global    temperature: floor 8192, scale 0.1
     QK norm is on unless there are exactly 128 experts                    no experts at all are refused
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from herd.checkpoint import gguf_blocks
 from herd.checkpoint.names import check_tensors, file_tensors
+from herd.checkpoint.rounding import with_near
 from herd.checkpoint.safefile import bytes_of, write_all
 from herd.checkpoint.source import Region, Source, Stored, check_expressible, held, mend_rope
 from herd.checkpoint.vocabulary import spelled_merges, spelled_tokens, tokenizer_in
@@ -101,8 +102,14 @@ def _stored(path: Path, t: Any) -> Stored:
     def rows(start: int, stop: int) -> Tensor:
         return torch.from_numpy(gguf.quants.dequantize(region.rows(start, stop).numpy(), t.tensor_type))
 
-    blocks = gguf_blocks.read(region, t.tensor_type, shape, f"{path}: {t.name}")
-    return Stored(shape, torch.float32, rows, blocks=blocks, rounded="" if blocks else t.tensor_type.name)
+    name = f"{path}: {t.name}"
+    if blocks := gguf_blocks.read(region, t.tensor_type, shape, name):
+        return Stored(shape, torch.float32, rows, blocks=blocks)
+    stored = Stored(shape, torch.float32, rows, rounded=t.tensor_type.name)
+    if near := gguf_blocks.read_near(region, t.tensor_type, shape, name):
+        return dataclasses.replace(stored, near=near)
+    count, num_bytes = gguf.GGML_QUANT_SIZES[t.tensor_type]
+    return with_near(name, stored, 8 * num_bytes / count)
 
 
 def _config(facts: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: Tensor | None, where: str) -> ModelConfig:

@@ -1,13 +1,18 @@
 """GGUF's blocks of 32 and herd's hold the same numbers in another order: Q4_0, Q4_1 and Q8_0, read and written without a change.
 
 GGUF has a row's blocks one after the other: [scale, float16] [minimum, float16: Q4_1 only] [codes]. In Q4 the low nibbles of the 16 bytes
-are columns 0 to 15, the high ones 16 to 31. Source: ggml-common.h and ggml-quants.c of llama.cpp.
+are columns 0 to 15, the high ones 16 to 31.
+
+Q4_K, the usual one, has the codes of Q4_1: 256 columns are 8 groups of 32, and the scale of a group is a float16 times 6 bits, as is what
+is subtracted. Their products have 17 bits and float16 has 11, so here herd's blocks have the same codes and hold nearly the same numbers.
+Source: ggml-common.h and ggml-quants.c of llama.cpp.
 """
 
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 from torch import Tensor
 
+from herd.checkpoint.rounding import checked_half
 from herd.checkpoint.source import Region, Stored
 from herd.errors import CheckpointError
 from herd.ops.int4 import INT8, KINDS, ROWS, Kind, pack_int4, pack_int8, unpack_int4, unpack_int8
@@ -27,6 +32,32 @@ def read(region: Region, type: Type, shape: tuple[int, ...], name: str) -> Store
         return _to_herd(region.rows(start * step, stop * step), kind, name)
 
     return Stored(kind.blocks_shape(shape), torch.uint8, rows)
+
+
+def read_near(region: Region, type: Type, shape: tuple[int, ...], name: str) -> Stored | None:
+    """The herd blocks with the codes of a tensor whose scales have no exact float16: of Q4_K. None for other types. Arguments as above."""
+    kind = Kind(4, 32, True)
+    if type != Type.Q4_K or not kind.fits(shape):
+        return None
+
+    def rows(start: int, stop: int) -> Tensor:
+        step = ROWS if len(shape) == 2 else 1
+        return _q4k_to_herd(region.rows(start * step, stop * step), name)
+
+    return Stored(kind.blocks_shape(shape), torch.uint8, rows)
+
+
+def _q4k_to_herd(data: Tensor, name: str) -> Tensor:
+    blocks = torch.unflatten(data, -1, (-1, 144))  # 2 float16, 12 bytes of scales and minimums, 128 of codes
+    factors = blocks[..., :4].contiguous().view(torch.float16).float()  # [.., K / 256, 2]
+    a, b, c = torch.unflatten(blocks[..., 4:16], -1, (3, 4)).unbind(
+        -2
+    )  # groups 0 to 3 are the low 6 bits of a and b; c and the rest 4 to 7
+    scale = torch.cat((a & 63, c & 15 | a >> 2 & 48), -1).float() * factors[..., :1]
+    minimum = torch.cat((b & 63, c >> 4 | b >> 2 & 48), -1).float() * -factors[..., 1:]
+    codes = torch.unflatten(blocks[..., 16:], -1, (4, 32))  # 4 pairs of groups, low nibbles and high ones
+    codes = torch.stack((codes & 15, codes >> 4), -2).flatten(-4)
+    return pack_int4(codes, checked_half(name, scale.flatten(-2)), checked_half(name, minimum.flatten(-2)))
 
 
 def _to_herd(data: Tensor, kind: Kind, name: str) -> Tensor:

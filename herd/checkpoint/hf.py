@@ -307,7 +307,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write(source: Source, folder: Path, advance: Callable[[float], None], *, shard_bytes: int = safefile.SHARD_BYTES) -> None:
-    """Write a source into an empty folder as transformers reads it; int4 as compressed-tensors does, for the servers that read that.
+    """Write a source into an empty folder as transformers reads it; int4 and fp8 as compressed-tensors does, which servers read.
 
     Raises `CheckpointError` for a model that the format cannot express.
     """
@@ -321,8 +321,6 @@ def write(source: Source, folder: Path, advance: Callable[[float], None], *, sha
         tensors, data["quantization_config"] = compressed.lay_out(source.tensors, compressed.split(wanted))
     else:
         tensors = {name: _join([source.tensors[herd] for herd in t.herd], t) for name, t in wanted.items()}
-    if plain := sorted({str(stored.kind) for stored in source.tensors.values() if stored.kind and not compressed.is_writable(stored)}):
-        log.warning("compressed-tensors has int4 without minimums only: matrices in %s are written as float32", ", ".join(plain))
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
     (folder / _GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
     for name, content in files.items():

@@ -1,22 +1,28 @@
 """From a name or a path to a running model: find the checkpoint, see its format, open it, fill a model with it."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from herd.checkpoint import gguf, hf, meta, safefile, save
 from herd.checkpoint.names import check_tensors, herd_shapes
+from herd.checkpoint.rounding import read_float8
 from herd.checkpoint.source import TOKENIZER_FILES, Region, Source, Stored, of_blocks, of_model
 from herd.checkpoint.store import resolve
 from herd.errors import CheckpointError, HerdError, ModelNotFound
+from herd.log import log
 from herd.model.config import ModelConfig, from_dict
 from herd.model.init import init_weights
 from herd.model.llama4 import Llama4, build
 from herd.model.presets import TINY
 from herd.model.swap import hold_blocks
+from herd.ops.fp8 import FP8
 from herd.ops.int4 import KINDS
 from herd.ops.native import kernels
+from herd.quant.int4 import part_of
 from herd.text.tokenizer import byte_tokenizer
 
 _ACCEPTED = (
@@ -32,7 +38,8 @@ def load_model(
 
     model: a path or a short name ("cria", "tiny").  dtype: of the weights; by default float32 on a CPU, whose bfloat16 arithmetic is
     hundreds of times slower, and the checkpoint's own elsewhere. Weights that need no change are mapped, not copied. Blocks of 4 and 8
-    bits stay blocks on a CPU with the native kernels, unless a dtype is asked for; else they are dequantized.
+    bits stay blocks on a CPU with the native kernels, and other quantizations (GGUF's K-quants, fp8) become blocks near them there, with
+    a warning, unless a dtype is asked for; else they are dequantized.
     activation_bits: what blocks are multiplied with, see `hold_blocks`.
     """
     source = open_model(model)
@@ -44,7 +51,7 @@ def load_model(
 
 
 def fill(source: Source, dtype: torch.dtype, device: str = "cpu", *, holds_blocks: bool = False, activation_bits: int = 0) -> Llama4:
-    """A model with the weights of a source, every parameter set exactly once. holds_blocks: matrices that are blocks stay so."""
+    """A model with the weights of a source, every parameter set exactly once. holds_blocks: quantized matrices are, or become, blocks."""
     model = build(source.config, dtype=dtype)
     blocks = _blocks(source) if holds_blocks else {}
     hold_blocks(model, blocks, activation_bits)
@@ -54,13 +61,38 @@ def fill(source: Source, dtype: torch.dtype, device: str = "cpu", *, holds_block
 
 
 def _blocks(source: Source) -> dict[str, torch.Tensor]:
-    """The blocks of every matrix that has some; of a group of experts all three or none."""
-    found = {name: stored.blocks for name, stored in source.tensors.items() if stored.blocks is not None}
+    """The blocks of every matrix that has some, or has some near it; of a group of experts all three or none."""
+    found: dict[str, Stored] = {}
+    for name, stored in source.tensors.items():
+        blocks = stored.blocks or (stored.near if part_of(name) else None)
+        if blocks is not None:
+            found[name] = blocks
     for name in [name for name in found if ".experts." in name]:
         group = name.rpartition(".")[0]
         if not all(f"{group}.{part}" in found for part in ("gate", "up", "down")):
             del found[name]
-    return {name: blocks.view() if blocks.view is not None else blocks.read() for name, blocks in found.items()}
+    _warn_of_rounding(source, found)
+    return {name: blocks.view() if blocks.view is not None else _whole(blocks) for name, blocks in found.items()}
+
+
+def _warn_of_rounding(source: Source, blocks: Mapping[str, Stored]) -> None:
+    """One line on what the matrices become that herd has no kernels for."""
+    pairs = [(source.tensors[name].rounded, str(KINDS[b.shape[-1]])) for name, b in blocks.items() if source.tensors[name].rounded]
+    if pairs:
+        what = ", ".join(f"{count} in {before} as {kind}" for (before, kind), count in sorted(Counter(pairs).items()))
+        log.warning(
+            "no kernels run these matrices as they are, so they are rounded once more while loading: %s. "
+            "dtype=torch.float32 loads them exactly, `herd quantize` does it once for good",
+            what,
+        )
+
+
+def _whole(stored: Stored) -> torch.Tensor:
+    """A tensor read piece by piece, so that what it is made from is never there as a whole."""
+    out = torch.empty(stored.shape, dtype=stored.dtype)
+    for start, piece in stored.pieces():
+        out[start : start + len(piece)] = piece
+    return out
 
 
 def _materialize(stored: Stored, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -136,15 +168,25 @@ def read(folder: Path) -> Source:
     except TypeError as error:  # a fact is missing
         raise CheckpointError(f"{path} is not whole: {error}") from error
     shapes = herd_shapes(config)
-    tensors = {name: _stored(name, region, kinds, path) for name, region in safefile.read_folder(folder).items()}
+    regions = safefile.read_folder(folder)
+    scales = {name: regions.pop(name + save.SCALE) for name in list(regions) if name + save.SCALE in regions}
+    tensors = {name: _stored(name, region, scales.get(name), kinds, path) for name, region in regions.items()}
     check_tensors({name: stored.shape for name, stored in tensors.items()}, shapes, str(folder))
     tensors = {name: tensors[name] for name in shapes}
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     return Source(config=config, tensors=tensors, files=files, kind="herd")
 
 
-def _stored(name: str, region: Region, kinds: list[str], path: Path) -> Stored:
-    """A tensor of herd's format. The last dim of a uint8 tensor tells the kind of its blocks, which must be one that herd.json lists."""
+def _stored(name: str, region: Region, scale: Region | None, kinds: list[str], path: Path) -> Stored:
+    """A tensor of herd's format. Blocks are uint8, and their last dim tells the kind, which must be one that herd.json lists."""
+    if region.dtype == FP8 or scale is not None:
+        if scale is None or region.dtype != FP8 or "float8" not in kinds:
+            has = "no scales" if scale is None else "scales"
+            raise CheckpointError(
+                f"{name} is {region.dtype} with {has}; {path} lists {', '.join(map(str, kinds)) or 'none'}",
+                "8-bit floats have scales and are listed as float8; the files are not of one checkpoint",
+            )
+        return read_float8(name, region, scale)
     if region.dtype != torch.uint8:
         return region.stored()
     kind = KINDS.get(region.shape[-1]) if len(region.shape) in (3, 4) else None

@@ -1,8 +1,9 @@
 """herd's own format, written; and the way every format is written: beside its place, then renamed, or not at all.
 
 A folder: `herd.json` (the facts of the model, as `ModelConfig` spells them), `model*.safetensors` under herd's names and in herd's
-layout, and the tokenizer's files. A quantized matrix is there as its blocks, uint8, under its own name; `herd.json` then lists the kinds
-of blocks that there are, and no other is accepted.
+layout, and the tokenizer's files. A quantized matrix is there as its blocks, uint8, or its 8-bit floats, under its own name; 8-bit floats
+have their scales, float32, beside them as NAME_scale. `herd.json` lists the kinds of blocks and numbers that there are, and no other is
+accepted.
 """
 
 import dataclasses
@@ -15,22 +16,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from herd.checkpoint import safefile
-from herd.checkpoint.source import Source
+from herd.checkpoint.source import Source, Stored
 from herd.errors import ResourceError, UsageError
 
 CONFIG = "herd.json"
 VERSION = 1
+SCALE = "_scale"  # added to the name of 8-bit floats for that of their scales
 
 
 def write(source: Source, folder: Path, advance: Callable[[float], None], *, shard_bytes: int = safefile.SHARD_BYTES) -> None:
     """Write a source into an empty folder in herd's format. advance: told the bytes written."""
     facts = {"format": "herd", "version": VERSION, "config": dataclasses.asdict(source.config)}
-    if kinds := sorted({str(stored.kind) for stored in source.tensors.values() if stored.kind}):
+    if kinds := sorted({stored.quantization for stored in source.tensors.values() if stored.kind or stored.float8}):
         facts["quantization"] = kinds
     (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
     for name, content in source.files.items():
         (folder / name).write_bytes(content)
-    tensors = {name: stored.packed for name, stored in source.tensors.items()}
+    tensors: dict[str, Stored] = {}
+    for name, stored in source.tensors.items():
+        if stored.float8 is not None:
+            tensors |= {name: stored.float8.weight, name + SCALE: stored.float8.scale}
+        else:
+            tensors[name] = stored.blocks or stored
     safefile.write_folder(folder, tensors, advance, shard_bytes=shard_bytes)
 
 

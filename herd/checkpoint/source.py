@@ -6,8 +6,10 @@ A `Stored` tensor is a promise: `rows(a, b)` reads those rows of dim 0 and nothi
 model. In every format a tensor is bytes at an offset of a file (`Region`). Two ways to them: conversions read with plain reads, whose
 memory is gone with the piece; loading maps the file, so weights that need no change cost no copy.
 
-A quantized matrix has two faces: `rows` gives floats, as of any other, so every writer and the plain model can take it; `blocks` is a
-tensor of its own, the codes as `herd/ops/int4.py` lays them out, for whoever keeps them.
+A quantized matrix has two faces: `rows` gives floats, as of any other, so every writer and the plain model can take it; the other is its
+codes, for whoever keeps them: `blocks` as `herd/ops/int4.py` lays them out, or 8-bit floats and their scales. What was quantized in a way
+that herd has no kernels for has blocks `near` it instead, made when they are read, for whoever would rather lose a little than take the
+room of floats.
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ from herd.errors import CheckpointError
 from herd.log import log
 from herd.model.config import ModelConfig, RopeScaling
 from herd.model.llama4 import Llama4
+from herd.ops.fp8 import FP8
 from herd.ops.int4 import KINDS, ROWS, Kind, dequantize
 
 assert sys.byteorder == "little", "every checkpoint format is little-endian, and so must the machine be"
@@ -53,7 +56,9 @@ class Stored:
     rows: Callable[[int, int], Tensor]  # rows [a, b) of dim 0, freshly read and contiguous
     view: Callable[[], Tensor] | None = None  # the whole without a copy, where the file has it as it is
     blocks: "Stored | None" = None  # a quantized matrix as its blocks, uint8 [.., N / 8, K / g, B]
-    rounded: str = ""  # the quantization that its values went through and that herd has no blocks for: "Q6_K"
+    float8: "Float8 | None" = None  # a matrix of 8-bit floats as they are
+    near: "Stored | None" = None  # where there are no blocks that hold its numbers: blocks that hold nearly those
+    rounded: str = ""  # the quantization that its values went through and that no blocks hold: "Q6_K", "float8"
 
     @property
     def num_bytes(self) -> int:
@@ -63,18 +68,22 @@ class Stored:
         """The whole tensor, a copy."""
         return self.rows(0, self.shape[0])
 
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) from front to back: experts one by one, else as many rows as fit in `PIECE_BYTES`, codes counted as floats."""
+    def pieces(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) from front to back: experts one by one, else as many rows as fit in `PIECE_BYTES`, codes counted as floats.
+
+        first, last: of all rows only these, [first, last).
+        """
+        last = self.shape[0] if last is None else last
         is_blocks = self.dtype == torch.uint8
         is_experts = len(self.shape) == (4 if is_blocks else 3)
-        row_bytes = self.num_bytes // self.shape[0] * (8 if self.dtype in (torch.uint8, torch.int32) else 1)
+        row_bytes = self.num_bytes // self.shape[0] * (8 if self.dtype in (torch.uint8, torch.int32, FP8) else 1)
         step = 1 if is_experts else max(1, PIECE_BYTES // max(1, row_bytes))
-        for start in range(0, self.shape[0], step):
-            yield start, self.rows(start, min(start + step, self.shape[0]))
+        for start in range(first, last, step):
+            yield start, self.rows(start, min(start + step, last))
 
     def to(self, dtype: torch.dtype) -> "Stored":
         """The same tensor as plain numbers of a dtype."""
-        if dtype == self.dtype and self.blocks is None:
+        if dtype == self.dtype and not self.quantization:
             return self
         return Stored(self.shape, dtype, lambda a, b: self.rows(a, b).to(dtype))
 
@@ -84,9 +93,24 @@ class Stored:
         return None if self.blocks is None else KINDS[self.blocks.shape[-1]]
 
     @property
-    def packed(self) -> "Stored":
-        """The blocks where there are any, else the numbers: what takes the fewest bytes and loses nothing."""
-        return self if self.blocks is None else self.blocks
+    def quantization(self) -> str:
+        """What it is quantized as, "" if it is not: "int4 group 32", "float8", "Q6_K"."""
+        return str(self.kind or self.rounded)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of the blocks or 8-bit floats where there are any, else of the numbers."""
+        if self.float8 is not None:
+            return self.float8.weight.num_bytes + self.float8.scale.num_bytes
+        return (self.blocks or self).num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Float8:
+    """A matrix [.., N, K] of 8-bit floats; `herd/ops/fp8.py` says what they mean."""
+
+    weight: Stored  # [.., N, K] float8_e4m3fn
+    scale: Stored  # [.., N, n] float32
 
 
 def held(tensor: Tensor) -> Stored:
@@ -155,9 +179,10 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the weights have."""
+        """The dtype that most of the weights have, quantized ones left out where there are others."""
+        plain = [stored for stored in self.tensors.values() if not stored.quantization]
         amounts: dict[torch.dtype, int] = {}
-        for stored in self.tensors.values():
+        for stored in plain or self.tensors.values():
             amounts[stored.dtype] = amounts.get(stored.dtype, 0) + stored.num_bytes
         return max(amounts, key=amounts.__getitem__)
 
@@ -168,8 +193,8 @@ class Source:
 
     @property
     def packed_bytes(self) -> int:
-        """The same where blocks stay blocks."""
-        return sum(stored.packed.num_bytes for stored in self.tensors.values())
+        """The same where blocks and 8-bit floats stay what they are."""
+        return sum(stored.packed_bytes for stored in self.tensors.values())
 
     def to(self, dtype: torch.dtype) -> "Source":
         """The same checkpoint with every tensor as plain numbers of `dtype`."""

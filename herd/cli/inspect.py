@@ -51,7 +51,7 @@ def report(name: str, config: ModelConfig, available: int, where: str) -> list[s
         past = "" if tokens <= config.context_tokens else f"   past its context of {config.context_tokens:,}"
         lines.append(f"KV at {label:<5}     {tokens:>10,}" + "".join(cells) + past)
     lines += ["", f"fits: weights and KV together within {available / gib:.1f} GiB of {where}."]
-    lines += ["On a CPU int4 weights stay int4, others and KV are fp32; on a GPU they are bf16. fp8 is a size only."]
+    lines += ["On a CPU int4 weights stay int4, fp8 ones become int8 (8.5 bits), others and KV are fp32; on a GPU all are bf16."]
     return lines
 
 

@@ -1,4 +1,7 @@
-"""Make a checkpoint small: its matrices in int4, embedding and head in int8, the rest as it is. Prints what each part loses by it."""
+"""Make a checkpoint small and print what each part loses by it.
+
+int4: all matrices of the layers, embedding and head in int8. fp8: those of the feed-forward layers, experts included. The rest as it is.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +18,13 @@ class Options:
 
     src: Annotated[Positional[str], arg(metavar="SRC")]  # a folder (herd, Hugging Face, Meta), a .gguf file, or a name
     dst: Annotated[Positional[Path], arg(metavar="DST")]  # folder to make, in herd's format
-    to: Literal["int4"]  # the numbers to write
-    group: Literal[32, 128] = 32  # columns that share a scale; 128 takes less room, 32 errs less
-    minimum: FlagCreatePairsOff[bool] = False  # a minimum for each group as well: a little more room, less error
+    to: Literal["int4", "fp8"]  # the numbers to write: 4 bits, or 8-bit floats with a scale for each row
+    group: Literal[32, 128] = 32  # int4: columns that share a scale; 128 takes less room, 32 errs less
+    minimum: FlagCreatePairsOff[bool] = False  # int4: a minimum for each group as well; a little more room, less error
 
 
 def run(options: Options) -> int:
-    errors = quantize_checkpoint(options.src, options.dst, group=options.group, with_minimum=options.minimum)
+    errors = quantize_checkpoint(options.src, options.dst, options.to, group=options.group, with_minimum=options.minimum)
     print(f"{'part':<12}{'tensors':>8}{'weights':>18}  {'kind':<24}{'rms error':>10}{'largest':>10}")
     for (part, kind), error in errors.items():
         rms, largest = error.relative

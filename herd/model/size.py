@@ -17,7 +17,8 @@ class Parameters:
     text: int  # embedding, layers, head
     vision: int  # encoder, adapter, projector
     active: int  # of `text`, what one token passes through; embedding and head counted whole, as Meta counts
-    quantized: int  # of `text`, what fp8 and int4 files hold in fewer bits: all matrices of the layers but the router
+    quantized: int  # of `text`, what int4 files hold in fewer bits: all matrices of the layers but the router
+    feed_forward: int  # of `quantized`, what fp8 files hold in 8 bits: experts, shared experts, dense layers
 
     @property
     def total(self) -> int:
@@ -30,15 +31,19 @@ def parameters(config: ModelConfig) -> Parameters:
     vision = sum(n for name, n in counts.items() if name.startswith(("vision.", "projector.")))
     experts = sum(n for name, n in counts.items() if ".experts." in name)
     idle = experts * (config.num_experts - config.experts_per_token) // config.num_experts if experts else 0
-    matrices = sum(n for name, n in counts.items() if name.startswith("layers.") and "norm" not in name and "router" not in name)
+    matrices = {name: n for name, n in counts.items() if name.startswith("layers.") and "norm" not in name and "router" not in name}
+    feed_forward = sum(n for name, n in matrices.items() if ".ffn." in name)
     text = sum(counts.values()) - vision
-    return Parameters(text=text, vision=vision, active=text - idle, quantized=matrices)
+    quantized = sum(matrices.values())
+    return Parameters(text=text, vision=vision, active=text - idle, quantized=quantized, feed_forward=feed_forward)
 
 
 def weight_bytes(size: Parameters, kind: str) -> int:
     """Bytes of the weights held as `kind`. fp8: a byte each. int4: 4 bits and a 16-bit scale per 32. The rest stays in bf16."""
-    bits = {"fp32": 32, "bf16": 16, "fp8": 8, "int4": 4.5}[kind]
-    return int(size.quantized * bits / 8) + (size.total - size.quantized) * (4 if kind == "fp32" else 2)
+    if kind == "fp32":
+        return 4 * size.total
+    fewer, bits = {"bf16": (0, 16), "fp8": (size.feed_forward, 8), "int4": (size.quantized, 4.5)}[kind]
+    return int(fewer * bits / 8) + 2 * (size.total - fewer)
 
 
 def kv_bytes(config: ModelConfig, tokens: int, kind: str = "bf16") -> int:

@@ -10,6 +10,7 @@ import pytest
 
 from herd.checkpoint.convert import write
 from herd.checkpoint.load import load_model, open_source
+from herd.checkpoint.quantize import quantized_fp8
 from herd.errors import CheckpointError, HerdError
 from tests.checkpoint.made import LLAMACPP, random_source
 
@@ -27,7 +28,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             kind,
             **({"num_shards": 2} if kind == "meta" else {}),
         )
-    return {kind: folder / (f"{kind}.gguf" if kind == "gguf" else kind) for kind in KINDS}
+    for kind in ("herd", "hf"):
+        write(quantized_fp8(random_source(LLAMACPP)), folder / f"{kind}-fp8", kind)
+    return {path.stem: path for path in folder.iterdir()}
 
 
 def copy(source: Path, place: Path) -> Path:
@@ -41,7 +44,7 @@ def opens_or_says_why(path: Path) -> None:
         assert str(path) in error.message or path.name in error.message, error.message
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "herd-fp8", "hf-fp8"])
 def test_files_cut_short_or_turned_over(whole: dict[str, Path], kind: str, tmp_path: Path) -> None:
     rng = random.Random(0)
     for trial in range(25):

@@ -69,6 +69,32 @@ def test_int4_is_read_as_the_package_reads_it(tmp_path: Path) -> None:
         assert stored.kind == (Kind(4, 128) if dtype == torch.bfloat16 else None)  # a float32 scale has no float16
         if stored.blocks is not None:
             assert torch.equal(of_blocks(stored.blocks).read(), expected)
+            codes = unpack_int4(stored.blocks.read())[0]
+        else:
+            assert stored.near is not None and stored.rounded == "int4 group 128, float32 scales"
+            kept, half, _ = unpack_int4(stored.near.read())
+            assert torch.equal(kept, codes) and torch.equal(half, scale.half())
+
+
+@pytest.mark.parametrize(("group", "herd"), [(64, 32), (256, 128), (0, 128)])
+def test_larger_groups_become_several_of_herds(group: int, herd: int, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (16, 64), generator=generator, dtype=torch.int64).to(torch.int32)
+    scale = torch.rand(16, 512 // group if group else 1, generator=generator).bfloat16()
+    tensors = {"a.weight_packed": words, "a.weight_shape": torch.tensor([16, 512]), "a.weight_scale": scale}
+    stored = matrices(read_header(file_of(tensors, tmp_path / "x.safetensors")), Scheme(False, group))["a.weight"]
+    assert stored.kind == Kind(4, herd) and stored.blocks is not None
+    numbers = torch.stack([(words >> 4 * n & 15) - 8 for n in range(8)], -1).flatten(-2)
+    expected = (numbers.view(16, scale.shape[1], -1) * scale.float()[..., None]).flatten(-2)
+    assert torch.equal(stored.read(), expected) and torch.equal(of_blocks(stored.blocks).read(), expected)
+
+
+def test_small_groups_have_blocks_near_them(tmp_path: Path) -> None:
+    tensors = {"a.weight_packed": torch.full((8, 4), 0x76543210, dtype=torch.int32), "a.weight_shape": torch.tensor([8, 32])}
+    path = file_of({**tensors, "a.weight_scale": torch.ones(8, 2).bfloat16()}, tmp_path / "x.safetensors")
+    stored = matrices(read_header(path), Scheme(False, 16))["a.weight"]
+    assert (stored.kind, stored.rounded) == (None, "int4 group 16")
+    assert stored.near is not None and of_blocks(stored.near).kind == Kind(4, 32, True)
 
 
 def test_float8_is_read_as_the_package_reads_it(tmp_path: Path) -> None:
@@ -79,6 +105,9 @@ def test_float8_is_read_as_the_package_reads_it(tmp_path: Path) -> None:
     assert torch.equal(stored.read(), torch.tensor(golden["weight"]))
     assert torch.equal(stored.rows(3, 5), torch.tensor(golden["weight"])[3:5])
     assert (stored.kind, stored.rounded) == (None, "float8")
+    assert stored.float8 is not None
+    assert torch.equal(stored.float8.weight.read().view(torch.uint8), weight.view(torch.uint8))  # the codes as they are
+    assert torch.equal(stored.float8.scale.read(), torch.tensor(golden["scale"]))
 
 
 def test_small_scales_are_rounded_a_little_and_large_ones_refused(tmp_path: Path) -> None:
@@ -104,7 +133,7 @@ def test_there_and_back(config: ModelConfig, group: int, tmp_path: Path, caplog:
     source = quantized(random_source(config), group)
     with caplog.at_level(logging.WARNING, logger="herd"):
         write(source, tmp_path / "hf", "hf", shard_bytes=100_000)
-    assert "compressed-tensors has int4 without minimums only: matrices in int8 group 32 are written as float32" in caplog.text
+    assert "the format hf has no place for the codes of int8 group 32: such matrices are written as float32" in caplog.text
     back = open_source(tmp_path / "hf")
     assert list(back.tensors) == list(source.tensors)
     for name, stored in source.tensors.items():
@@ -189,9 +218,10 @@ def test_a_file_of_the_package_is_read(format: str, prefix: str, tmp_path: Path)
         assert torch.equal(ours.tensors[name].read().float(), stored.read()), name
     down = ours.tensors["layers.1.ffn.experts.down"]
     assert (down.kind, down.rounded) == ((Kind(4, 128), "") if format == "pack-quantized" else (None, "float8"))
+    assert (down.float8 is not None) == (format == "float-quantized")
     prompt = random_prompt(source.config, 40, num_tiles=1)
     with torch.no_grad():
-        a, b = (packed_logits(load_model(tmp_path / folder)[0], [prompt]) for folder in ("quantized", "expected"))
+        a, b = (packed_logits(load_model(tmp_path / folder, dtype=torch.float32)[0], [prompt]) for folder in ("quantized", "expected"))
     assert torch.equal(a, b)
 
 
@@ -199,7 +229,7 @@ def test_minimums_have_no_place_and_become_floats(tmp_path: Path, caplog: pytest
     source = quantized(random_source(WIDE), 32, with_minimum=True)
     with caplog.at_level(logging.WARNING, logger="herd"):
         write(source, tmp_path / "hf", "hf")
-    assert "matrices in int4 group 32 minimum, int8 group 32 are written as float32" in caplog.text
+    assert "no place for the codes of int4 group 32 minimum, int8 group 32: such matrices are written as float32" in caplog.text
     assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
 
 
@@ -280,7 +310,7 @@ def test_a_config_that_is_refused_names_its_file(folder: Path) -> None:
 def test_two_groups_are_refused(tmp_path: Path) -> None:
     a, b = quantized(random_source(WIDE), 32), quantized(random_source(WIDE), 128)
     mixed: Source = replace(a, tensors={**a.tensors, "layers.0.attention.q.weight": b.tensors["layers.0.attention.q.weight"]})
-    with pytest.raises(CheckpointError, match=r"the model has int4 groups of \[32, 128\] columns; a Hugging Face file has one"):
+    with pytest.raises(CheckpointError, match=r"the model has int4 group 128 and int4 group 32; a Hugging Face file has one"):
         write(mixed, tmp_path / "hf", "hf")
     assert entries(tmp_path) == []
 

@@ -48,6 +48,11 @@ def run(config, folder):
     for to in ("hf", "gguf", "meta"):
         convert(folder / "int4", folder / f"int4-{to}", to)
         yield f"int4 to {to}", made.num_bytes
+    quantize_checkpoint(folder / "hf", folder / "fp8", "fp8")
+    yield "hf to fp8", made.num_bytes
+    for src, to in (("fp8", "hf"), ("fp8-hf", "herd")):
+        convert(folder / src, folder / f"{src}-{to}", to)
+        yield f"{src} to {to}", made.num_bytes
 
 
 folder = Path(sys.argv[1])
@@ -68,7 +73,7 @@ def test_conversions_stream(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split(",") for line in done.stdout.splitlines()]
-    assert len(rows) == 9
+    assert len(rows) == 12
     for what, num_bytes, grown in rows:
         assert int(num_bytes) > 250e6
         assert int(grown) < 120e6, f"{what}: the peak grew by {int(grown) / 1e6:.0f} MB for {int(num_bytes) / 1e6:.0f} MB of weights"

@@ -118,7 +118,7 @@ def test_every_format_takes_a_quantized_checkpoint(folder: Path, tmp_path: Path,
             assert back.tensors[name].kind == (stored.kind if kept else None), (to, name)
     write(open_source(tmp_path / "gguf"), tmp_path / "again", "herd")
     for name, stored in open_source(tmp_path / "again").tensors.items():
-        assert torch.equal(stored.packed.read(), source.tensors[name].packed.read()), name
+        assert torch.equal((stored.blocks or stored).read(), (source.tensors[name].blocks or source.tensors[name]).read()), name
 
 
 @pytest.mark.parametrize("to", ["herd", "hf", "meta", "gguf"])
@@ -246,7 +246,7 @@ def test_what_is_quantized_as_wanted_is_kept_and_what_is_not_is_told(tmp_path: P
     before, after = open_source(tmp_path / "4.gguf"), open_source(tmp_path / "4")
     for name, stored in before.tensors.items():
         if name.startswith("layers"):
-            assert torch.equal(stored.packed.read(), after.tensors[name].packed.read())
+            assert torch.equal((stored.blocks or stored).read(), (after.tensors[name].blocks or after.tensors[name]).read())
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="herd"):
         quantize_checkpoint(tmp_path / "5.gguf", tmp_path / "5")

@@ -1,6 +1,7 @@
 """Meta's reference code of Llama 4 on one CPU: `fairscale`, which it needs to split a model over GPUs, played by plain modules.
 
-With a world of one, a column- or row-parallel linear layer is a linear layer, and a reduction over the world is nothing.
+With a world of one, a column- or row-parallel linear layer is a linear layer, and a reduction over the world is nothing. In a larger world
+the modules have the shapes of one rank's part, which is enough to load a shard; nothing is computed there.
 """
 
 import importlib
@@ -17,7 +18,9 @@ REFERENCE = [f"llama_models.llama4.{name}" for name in ("ffn", "moe", "model", "
 
 
 class Linear(nn.Linear):
-    """`ColumnParallelLinear` and `RowParallelLinear` of a world of one; how outputs are gathered no longer matters."""
+    """`ColumnParallelLinear` and `RowParallelLinear`; how outputs are gathered does not matter."""
+
+    parts_in, parts_out = 1, 1
 
     def __init__(
         self,
@@ -30,28 +33,30 @@ class Linear(nn.Linear):
         init_method: Any = None,
     ) -> None:
         del gather_output, input_is_parallel, init_method
-        super().__init__(in_features, out_features, bias)
+        super().__init__(in_features // self.parts_in, out_features // self.parts_out, bias)
 
 
 class Embedding(nn.Embedding):
-    """`VocabParallelEmbedding` of a world of one."""
+    """`VocabParallelEmbedding`."""
+
+    parts = 1
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, init_method: Any = None) -> None:
         del init_method
-        super().__init__(num_embeddings, embedding_dim)
+        super().__init__(num_embeddings // self.parts, embedding_dim)
 
 
-def standins() -> dict[str, ModuleType]:
-    """The modules of fairscale that the reference imports, by name."""
+def standins(world: int = 1) -> dict[str, ModuleType]:
+    """The modules of fairscale that the reference imports, by name. world: ranks that share a model."""
     contents: dict[str, dict[str, Any]] = {
         "fairscale": {},
         "fairscale.nn": {},
         "fairscale.nn.model_parallel": {},
-        "fairscale.nn.model_parallel.initialize": {"get_model_parallel_world_size": lambda: 1},
+        "fairscale.nn.model_parallel.initialize": {"get_model_parallel_world_size": lambda: world},
         "fairscale.nn.model_parallel.layers": {
-            "ColumnParallelLinear": Linear,
-            "RowParallelLinear": Linear,
-            "VocabParallelEmbedding": Embedding,
+            "ColumnParallelLinear": type("ColumnParallelLinear", (Linear,), {"parts_out": world}),
+            "RowParallelLinear": type("RowParallelLinear", (Linear,), {"parts_in": world}),
+            "VocabParallelEmbedding": type("VocabParallelEmbedding", (Embedding,), {"parts": world}),
         },
         "fairscale.nn.model_parallel.mappings": {"reduce_from_model_parallel_region": lambda x: x},
     }
@@ -65,12 +70,12 @@ def standins() -> dict[str, ModuleType]:
 
 
 @contextmanager
-def meta_reference() -> Iterator[SimpleNamespace]:
+def meta_reference(world: int = 1) -> Iterator[SimpleNamespace]:
     """The reference's `args`, `datatypes` and `model` on the CPU. Whatever the stand-ins and the patch touched is gone afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         for name in REFERENCE:
             patch.delitem(sys.modules, name, raising=False)
-        for name, module in standins().items():
+        for name, module in standins(world).items():
             patch.setitem(sys.modules, name, module)
         patch.setattr(Tensor, "cuda", lambda self: self)  # the attention layers put their caches on a GPU as they are made
         yield SimpleNamespace(**{name: importlib.import_module(f"llama_models.llama4.{name}") for name in ("args", "datatypes", "model")})

@@ -3,10 +3,14 @@
 Source of the totals of parameters: arithmetic from the released configs, confirmed by the sizes of Meta's files and by the model card.
 """
 
+from math import prod
+
 import pytest
 
+from herd.checkpoint.names import herd_shapes
 from herd.model.presets import BEHEMOTH, CRIA, GUARD, MAVERICK, SCOUT, preset
 from herd.model.size import kv_bytes, parameters, weight_bytes
+from herd.quant.fp8 import plan
 
 VISION = 871_932_416
 
@@ -32,17 +36,22 @@ def test_behemoth_has_the_three_published_numbers() -> None:
 
 
 def test_what_a_quantized_file_holds_in_fewer_bits() -> None:
-    """All matrices of the layers but the router: attention, experts, shared expert."""
+    """int4: all matrices of the layers but the router: attention, experts, shared expert. fp8: the same without attention."""
     attention, expert = 62_914_560, 125_829_120
     assert parameters(SCOUT).quantized == 48 * (attention + 17 * expert)
     assert parameters(MAVERICK).quantized == 48 * attention + 24 * (129 * expert + 2 * expert)
     assert parameters(GUARD).quantized == 48 * (attention + expert)
+    for config in (SCOUT, MAVERICK, GUARD):
+        size = parameters(config)
+        assert size.feed_forward == size.quantized - 48 * attention
+        shapes = herd_shapes(config)
+        assert size.feed_forward == sum(prod(shapes[name]) for name in plan(shapes))
 
 
 def test_weight_bytes() -> None:
     scout = parameters(SCOUT)
     assert weight_bytes(scout, "bf16") == 2 * 108_641_793_536
-    assert weight_bytes(scout, "fp8") == scout.quantized + 2 * (scout.total - scout.quantized)
+    assert weight_bytes(scout, "fp8") == scout.feed_forward + 2 * (scout.total - scout.feed_forward)
     assert weight_bytes(scout, "int4") == pytest.approx(65e9, rel=0.02), "fits on one 80 GB GPU, as the model card says"
 
 

@@ -1,4 +1,4 @@
-"""Make compressed.json: two matrices as the compressed-tensors package compresses them, and what it reads from them again.
+"""Make compressed.json: two matrices as the compressed-tensors package compresses them, and what it reads from them again; one in float32.
 
 pip install compressed-tensors==0.20.0
 python -m tests.checkpoint.golden.make_compressed
@@ -36,6 +36,11 @@ def main() -> None:
         read = made.decompress({**packed, "weight_scale": scale.float()}, scheme)["weight"]
         assert read.dtype == torch.float32
         golden[format] = {"codes": codes.tolist(), "scale": scale.float().tolist(), "weight": read.tolist()}
+    made, scheme = compressor("float-quantized")
+    weight = torch.randn(8, 64, generator=generator)
+    scale = (weight.abs().amax(-1, keepdim=True) / 448).bfloat16().float()
+    codes = made.compress({"weight": weight, "weight_scale": scale}, scheme)["weight"].view(torch.uint8)
+    golden["float32"] = {"given": weight.tolist(), "scale": scale.tolist(), "codes": codes.tolist()}
     PATH.write_text(json.dumps(golden, separators=(",", ":")) + "\n")
 
 
