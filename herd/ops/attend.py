@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Attend(Protocol):
@@ -106,3 +107,53 @@ class Paged:
             for part, slots in zip(torch.split(q, self.counts), reach.read, strict=True)
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A `Reach` of one new token for each of B sequences, as tensors of equal rows."""
+
+    write: Tensor  # [B] slot of each new token
+    read: Tensor  # [B, M] slots of the visible keys, then the new token's own again: never a slot that nobody has written
+    visible: Tensor  # [B, M] bool
+
+    @staticmethod
+    def of(reach: Reach, columns: int = 1) -> "Table":
+        """columns: the least M."""
+        read = pad_sequence(reach.read, batch_first=True, padding_value=-1)
+        read = F.pad(read, (0, max(0, columns - read.shape[1])), value=-1)
+        visible = read >= 0
+        return Table(reach.write, torch.where(visible, read, reach.write[:, None]), visible)
+
+
+class Together:
+    """`Paged` for a step in which every sequence decodes: one call for all of them, under a mask."""
+
+    SPARE_SLOTS = 8192  # padding that is cheap whatever it is beside
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], local: Table | None, full: Table | None) -> None:
+        self.keys, self.values, self.local, self.full = keys, values, local, full
+
+    @staticmethod
+    def suits(paged: Paged) -> bool:
+        """Whether every one of several sequences has one new token, and padding them to the longest no more than doubles what is read."""
+        reaches = [[len(slots) for slots in reach.read] for reach in (paged.local, paged.full) if reach]
+        wasteful = any(len(lengths) * max(lengths) > 2 * sum(lengths) + Together.SPARE_SLOTS for lengths in reaches)
+        return len(paged.counts) > 1 and max(paged.counts) == 1 and not wasteful
+
+    @staticmethod
+    def of(paged: Paged) -> "Together":
+        local, full = (Table.of(reach) if reach else None for reach in (paged.local, paged.full))
+        return Together(paged.keys, paged.values, local, full)
+
+    def __call__(self, layer: int, is_local: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, H, K = q.shape
+        table = self.local if is_local else self.full
+        assert table is not None
+        keys, values = self.keys[layer], self.values[layer]
+        keys[table.write] = k.to(keys.dtype)
+        values[table.write] = v.to(values.dtype)
+        k, v = (pages[table.read].to(q.dtype).transpose(1, 2) for pages in (keys, values))  # [B, G, M, K]
+        q = q.reshape(B, k.shape[1], -1, K)  # [B, G, H/G, K]: the query heads that share keys are so many queries of one head
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=table.visible[:, None, None])
+        return out.reshape(B, H, K)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from herd.ops.attend import Packed, Paged, Reach, causal, causal_plain
+from herd.ops.attend import Packed, Paged, Reach, Table, Together, causal, causal_plain
 
 HEADS = [(1, 1), (4, 4), (6, 2), (5, 1)]  # of queries, of keys
 
@@ -152,3 +152,39 @@ def test_paged_keeps_the_dtype_of_the_queries_whatever_the_pages_are() -> None:
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, causal(q, k.bfloat16().float(), v.bfloat16().float()))
     assert (pages[0][0][[0, 1, 3, 4, 6, 8]] == 0).all(), "no slot but the three was written"
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from(HEADS), st.integers(1, 70), st.integers(0, 2**32))
+def test_together_equals_by_sequence(lengths: list[int], heads: tuple[int, int], columns: int, seed: int) -> None:
+    """One token of each sequence, slots in any order, tables padded to any width; slots that nobody has written hold NaN."""
+    B, size, (H, G), K = len(lengths), sum(lengths) + 7, heads, 4
+    slots = iter(random.Random(seed).sample(range(size), size))
+    read = [torch.tensor([next(slots) for _ in range(length)]) for length in lengths]
+    reach = Reach(torch.stack([own[-1] for own in read]), read)
+    q, k, v = qkv(B, B, H, G, K, seed)
+    filled = torch.cat(read)
+    outs = []
+    for together in (False, True):
+        keys, values = (torch.full((size, G, K), torch.nan) for _ in range(2))
+        keys[filled], values[filled] = qkv(0, len(filled), H, G, K, seed + 1)[1:]
+        attend: Paged | Together = Paged([keys], [values], [1] * B, reach, None)
+        if together:
+            attend = Together([keys], [values], Table.of(reach, columns), None)
+        outs.append(attend(0, True, q, k, v))
+    torch.testing.assert_close(outs[1], outs[0], atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("counts", "lengths", "is_suited"),
+    [
+        ([1], [9], False),
+        ([1, 1], [9, 30], True),
+        ([1, 2], [9, 30], False),
+        ([1] * 9, [9] * 8 + [1000], True),
+        ([1] * 9, [9] * 8 + [3000], False),
+    ],
+)
+def test_together_suits_decoding_without_much_padding(counts: list[int], lengths: list[int], is_suited: bool) -> None:
+    reach = Reach(torch.arange(sum(counts)), [torch.zeros(length, dtype=torch.int64) for length in lengths])
+    assert Together.suits(Paged([], [], counts, None, reach)) is is_suited
