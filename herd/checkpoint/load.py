@@ -15,8 +15,8 @@ from herd.model.init import init_weights
 from herd.model.llama4 import Llama4, build
 from herd.model.presets import TINY
 from herd.model.swap import hold_blocks
+from herd.ops import pick
 from herd.ops.int4 import KINDS
-from herd.ops.native import kernels
 from herd.text.tokenizer import byte_tokenizer
 
 _ACCEPTED = (
@@ -29,21 +29,22 @@ def load_model(model: str | Path, *, dtype: torch.dtype | None = None, device: s
     """A model with its weights, and the source they came from (its config and tokenizer files).
 
     model: a path or a short name ("cria", "tiny").  dtype: of the weights; by default float32 on a CPU, whose bfloat16 arithmetic is
-    hundreds of times slower, and the checkpoint's own elsewhere. Weights that need no change are mapped, not copied. Blocks of 4 and 8
-    bits stay blocks on a CPU with the native kernels, unless a dtype is asked for; else they are dequantized.
+    hundreds of times slower, and elsewhere the checkpoint's own, bfloat16 if that is blocks. Weights that need no change are mapped, not
+    copied. Blocks of 4 and 8 bits stay blocks where something computes with them (`herd inspect --ops`), unless a dtype is asked for; else
+    they are dequantized.
     """
     source = open_model(model)
-    is_cpu = torch.device(device).type == "cpu"
-    holds_blocks = dtype is None and is_cpu and kernels() is not None
-    if dtype is None:
-        dtype = torch.float32 if is_cpu else source.dtype
-    return fill(source, dtype, device, holds_blocks=holds_blocks), source
+    kind = torch.device(device).type
+    has_blocks = any(stored.blocks is not None for stored in source.tensors.values())
+    own = torch.float32 if kind == "cpu" else torch.bfloat16 if has_blocks else source.dtype
+    stay = dtype is None and pick.holds_blocks(kind, own)
+    return fill(source, dtype or own, device, holds_blocks=stay), source
 
 
 def fill(source: Source, dtype: torch.dtype, device: str = "cpu", *, holds_blocks: bool = False) -> Llama4:
     """A model with the weights of a source, every parameter set exactly once. holds_blocks: matrices that are blocks stay so."""
     model = build(source.config, dtype=dtype)
-    blocks = _blocks(source) if holds_blocks else {}
+    blocks = {name: tensor.to(device) for name, tensor in _blocks(source).items()} if holds_blocks else {}
     hold_blocks(model, blocks)
     tensors = {name: blocks[name] if name in blocks else _materialize(stored, dtype, device) for name, stored in source.tensors.items()}
     model.load_state_dict(tensors, strict=True, assign=True)

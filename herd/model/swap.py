@@ -35,9 +35,14 @@ class BlocksLinear(nn.Module):
 class BlocksEmbedding(BlocksLinear):
     """An embedding whose table is blocks, and, tied, the output head."""
 
+    def __init__(self, blocks: Tensor, dtype: torch.dtype) -> None:
+        """dtype: of the rows that it gives."""
+        super().__init__(blocks)
+        self.dtype = dtype
+
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: [T] -> [T, D]: the strips of 8 rows that hold them, one row of each."""
-        strips = dequantize(self.weight[tokens // ROWS, None])  # [T, 8, D]
+        strips = dequantize(self.weight[tokens // ROWS, None], self.dtype)  # [T, 8, D]
         rows: Tensor = strips[torch.arange(len(tokens), device=tokens.device), tokens % ROWS]
         return rows
 
@@ -70,5 +75,6 @@ def hold_blocks(model: Llama4, blocks: Mapping[str, Tensor]) -> None:
     for name, tensor in blocks.items():
         if ".experts." not in name:
             owner = name.removesuffix(".weight")
-            assert isinstance(model.get_submodule(owner), nn.Linear | nn.Embedding), f"{name} cannot hold {kind_of(tensor)}"
-            swap(model, owner, BlocksEmbedding(tensor) if owner == "embed" else BlocksLinear(tensor))
+            held = model.get_submodule(owner)
+            assert isinstance(held, nn.Linear | nn.Embedding), f"{name} cannot hold {kind_of(tensor)}"
+            swap(model, owner, BlocksEmbedding(tensor, held.weight.dtype) if owner == "embed" else BlocksLinear(tensor))
