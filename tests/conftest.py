@@ -15,10 +15,18 @@ from herd.model.presets import TINY
 torch.set_num_threads(1)  # the models here are tiny: a second thread costs more than it brings, a hundred times more on a busy machine
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that are marked `gpu` skip where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Model:
     """The tiny model with its engine running: random weights, byte tokenizer, text and images."""
-    model = load("tiny")
+    model = load("tiny", device="cpu")
     assert model.config == TINY
     return model
 
@@ -37,7 +45,7 @@ def exact_cria() -> Model:
 
 def fetched(dtype: torch.dtype | None) -> Model:
     try:
-        return load("cria", dtype=dtype, kv_gib=1.0)
+        return load("cria", dtype=dtype, device="cpu", kv_gib=1.0)
     except ResourceError as error:
         pytest.skip(f"the default model cannot be fetched: {error.message}")
 

@@ -19,9 +19,9 @@ from herd.model.init import init_weights
 from herd.model.llama4 import Llama4, build
 from herd.model.presets import TINY
 from herd.model.swap import hold_blocks
+from herd.ops import pick
 from herd.ops.fp8 import FP8
 from herd.ops.int4 import KINDS
-from herd.ops.native import kernels
 from herd.quant.int4 import part_of
 from herd.text.tokenizer import byte_tokenizer
 
@@ -37,23 +37,23 @@ def load_model(
     """A model with its weights, and the source they came from (its config and tokenizer files).
 
     model: a path or a short name ("cria", "tiny").  dtype: of the weights; by default float32 on a CPU, whose bfloat16 arithmetic is
-    hundreds of times slower, and the checkpoint's own elsewhere. Weights that need no change are mapped, not copied. Blocks of 4 and 8
-    bits stay blocks on a CPU with the native kernels, and other quantizations (GGUF's K-quants, fp8) become blocks near them there, with
-    a warning, unless a dtype is asked for; else they are dequantized.
+    hundreds of times slower, and elsewhere the checkpoint's own, bfloat16 if that is blocks. Weights that need no change are mapped, not
+    copied. Blocks of 4 and 8 bits stay blocks where something computes with them (`herd inspect --ops`), and on a CPU other quantizations
+    (GGUF's K-quants, fp8) become blocks near them, with a warning, unless a dtype is asked for; else they are dequantized.
     activation_bits: what blocks are multiplied with, see `hold_blocks`.
     """
     source = open_model(model)
-    is_cpu = torch.device(device).type == "cpu"
-    holds_blocks = dtype is None and is_cpu and kernels() is not None
-    if dtype is None:
-        dtype = torch.float32 if is_cpu else source.dtype
-    return fill(source, dtype, device, holds_blocks=holds_blocks, activation_bits=activation_bits), source
+    kind = torch.device(device).type
+    has_blocks = any(stored.blocks is not None for stored in source.tensors.values())
+    own = torch.float32 if kind == "cpu" else torch.bfloat16 if has_blocks else source.dtype
+    stay = dtype is None and pick.holds_blocks(kind, own)
+    return fill(source, dtype or own, device, holds_blocks=stay, activation_bits=activation_bits), source
 
 
 def fill(source: Source, dtype: torch.dtype, device: str = "cpu", *, holds_blocks: bool = False, activation_bits: int = 0) -> Llama4:
     """A model with the weights of a source, every parameter set exactly once. holds_blocks: quantized matrices are, or become, blocks."""
     model = build(source.config, dtype=dtype)
-    blocks = _blocks(source) if holds_blocks else {}
+    blocks = {name: tensor.to(device) for name, tensor in _blocks(source).items()} if holds_blocks else {}
     hold_blocks(model, blocks, activation_bits)
     tensors = {name: blocks[name] if name in blocks else _materialize(stored, dtype, device) for name, stored in source.tensors.items()}
     model.load_state_dict(tensors, strict=True, assign=True)

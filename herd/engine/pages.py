@@ -8,7 +8,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from herd.engine.config import EngineConfig
 from herd.errors import UsageError

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from herd.engine.graphs import Graphs
 from herd.engine.inputs import Inputs
 from herd.engine.pages import Pages
 from herd.engine.scheduler import Plan
 from herd.engine.whole import WholeStep
 from herd.model.llama4 import Llama4
+from herd.ops.pick import paged, ways
 
 
 class Runner:
@@ -15,7 +17,9 @@ class Runner:
 
     def __init__(self, model: Llama4, pages: Pages) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.whole = WholeStep.bind(model, pages)  # None where the model has to run layer by layer
+        here = [way.name for way in ways("step", model.norm.weight.device.type, model.norm.weight.dtype)]
+        self.whole = WholeStep.bind(model, pages) if "native" in here else None  # None where the model has to run layer by layer
+        self.graphs = Graphs.bind(model, pages) if "graphs" in here else None
 
     @torch.inference_mode()
     def see(self, plan: Plan) -> None:
@@ -33,7 +37,8 @@ class Runner:
         """Logits of the wanted rows: [n, V] float32."""
         if self.whole is not None:
             return self.whole(inputs)
-        logits: Tensor = self.model(
-            inputs.tokens, inputs.positions, inputs.attend, inputs.features, patches=inputs.patches, rows=inputs.rows
-        )
+        if self.graphs is not None and self.graphs.takes(inputs):
+            return self.graphs(inputs)
+        attend = paged(inputs.attend)
+        logits: Tensor = self.model(inputs.tokens, inputs.positions, attend, inputs.features, patches=inputs.patches, rows=inputs.rows)
         return logits

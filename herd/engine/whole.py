@@ -29,12 +29,11 @@ class WholeStep:
         c = model.config
         self._layers = (tables.Layer * c.num_layers)(*(_layer(block, i, pages) for i, block in enumerate(model.layers)))  # type: ignore[arg-type]
         qk_norm_eps = c.norm_eps if c.qk_norm else 0.0
-        bits = model.layers[0].attention.q.bits  # type: ignore[union-attr]
-        self._head = model.embed if model.head is None else model.head
-        self._embeds, self._heads = (isinstance(part, BlocksLinear) for part in (model.embed, self._head))
-        matrices = [
-            tables.Matrix.of(part.weight) if isinstance(part, BlocksLinear) else tables.Matrix() for part in (model.embed, self._head)
-        ]
+        first: Any = model.layers[0]
+        bits = first.attention.q.bits
+        ends: tuple[Any, Any] = (model.embed, model.embed if model.head is None else model.head)
+        self._embeds, self._heads = (isinstance(part, BlocksLinear) for part in ends)
+        matrices = [tables.Matrix.of(part.weight) if isinstance(part, BlocksLinear) else tables.Matrix() for part in ends]
         self._frequencies = frequencies(c.head_width, c.rope_theta, c.rope_scaling).double()  # [K/2]
         self._table = tables.Model(
             c.width,

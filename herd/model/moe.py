@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from herd.model.config import ModelConfig
-from herd.ops.grouped import grouped_linear
+from herd.ops.pick import grouped_linear
 
 
 class SwiGLU(nn.Module):

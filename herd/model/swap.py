@@ -37,9 +37,14 @@ class BlocksLinear(nn.Module):
 class BlocksEmbedding(BlocksLinear):
     """An embedding whose table is blocks, and, tied, the output head."""
 
+    def __init__(self, blocks: Tensor, dtype: torch.dtype, bits: int = 16) -> None:
+        """dtype: of the rows that it gives."""
+        super().__init__(blocks, bits)
+        self.dtype = dtype
+
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: [T] -> [T, D]: the strips of 8 rows that hold them, one row of each."""
-        strips = dequantize(self.weight[tokens // ROWS, None])  # [T, 8, D]
+        strips = dequantize(self.weight[tokens // ROWS, None], self.dtype)  # [T, 8, D]
         rows: Tensor = strips[torch.arange(len(tokens), device=tokens.device), tokens % ROWS]
         return rows
 
@@ -75,9 +80,11 @@ def hold_blocks(model: Llama4, blocks: Mapping[str, Tensor], activation_bits: in
     bits = activation_bits or (8 if model.config.width >= WIDE else 16)
     experts = {name.rpartition(".")[0] for name in blocks if ".experts." in name}
     for name in experts:
-        swap(model, name, BlocksExperts(*(blocks[f"{name}.{part}"] for part in ("gate", "up", "down")), bits))
+        gate, up, down = (blocks[f"{name}.{part}"] for part in ("gate", "up", "down"))
+        swap(model, name, BlocksExperts(gate, up, down, bits))
     for name, tensor in blocks.items():
         if ".experts." not in name:
             owner = name.removesuffix(".weight")
-            assert isinstance(model.get_submodule(owner), nn.Linear | nn.Embedding), f"{name} cannot hold {kind_of(tensor)}"
-            swap(model, owner, (BlocksEmbedding if owner == "embed" else BlocksLinear)(tensor, bits))
+            held = model.get_submodule(owner)
+            assert isinstance(held, nn.Linear | nn.Embedding), f"{name} cannot hold {kind_of(tensor)}"
+            swap(model, owner, BlocksEmbedding(tensor, held.weight.dtype, bits) if owner == "embed" else BlocksLinear(tensor, bits))

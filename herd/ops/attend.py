@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Attend(Protocol):
@@ -152,3 +153,54 @@ class Paged:
         slots.write(torch.cat([s[len(s) - count :] for s, count in zip(seen, self.counts, strict=True)]), k, v)
         outs = [causal(part, *slots.read(s, q.dtype)) for part, s in zip(torch.split(q, self.counts), seen, strict=True)]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A `Reach` of one new token for each of B sequences, as tensors of equal rows."""
+
+    write: Tensor  # [B] slot of each new token
+    read: Tensor  # [B, M] slots of the visible keys, then the new token's own again: never a slot that nobody has written
+    visible: Tensor  # [B, M] bool
+
+    @staticmethod
+    def of(reach: Reach, device: torch.device, columns: int = 1) -> "Table":
+        """columns: the least M."""
+        seen = reach.slots(device)
+        write = torch.stack([slots[-1] for slots in seen])
+        read = pad_sequence(seen, batch_first=True, padding_value=-1)
+        read = F.pad(read, (0, max(0, columns - read.shape[1])), value=-1)
+        visible = read >= 0
+        return Table(write, torch.where(visible, read, write[:, None]), visible)
+
+
+class Together:
+    """`Paged` for a step in which every sequence decodes: one call for all of them, under a mask."""
+
+    SPARE_SLOTS = 8192  # padding that is cheap whatever it is beside
+
+    def __init__(self, slots: Sequence[Slots], local: Table | None, full: Table | None) -> None:
+        self.slots, self.local, self.full = slots, local, full
+
+    @staticmethod
+    def suits(paged: Paged) -> bool:
+        """Whether every one of several sequences has one new token, and padding them to the longest no more than doubles what is read."""
+        reaches = [reach.lengths for reach in (paged.local, paged.full) if reach]
+        wasteful = any(len(lengths) * max(lengths) > 2 * sum(lengths) + Together.SPARE_SLOTS for lengths in reaches)
+        return len(paged.counts) > 1 and max(paged.counts) == 1 and not wasteful
+
+    @staticmethod
+    def of(paged: Paged) -> "Together":
+        device = paged.slots[0].keys.device
+        return Together(paged.slots, *(Table.of(reach, device) if reach else None for reach in (paged.local, paged.full)))
+
+    def __call__(self, layer: int, is_local: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, H, K = q.shape
+        table = self.local if is_local else self.full
+        assert table is not None
+        slots = self.slots[layer]
+        slots.write(table.write, k, v)
+        k, v = (x.transpose(1, 2) for x in slots.read(table.read, q.dtype))  # [B, G, M, K]
+        q = q.reshape(B, k.shape[1], -1, K)  # [B, G, H/G, K]: the query heads that share keys are so many queries of one head
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=table.visible[:, None, None])
+        return out.reshape(B, H, K)

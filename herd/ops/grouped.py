@@ -11,10 +11,11 @@ def grouped_linear_plain(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """The same without a loop in Python and, on a GPU, without waiting for the counts."""
-    if x.dtype == torch.float64 or any(size * x.element_size() % 16 for size in weight.shape[1:]):
-        return grouped_linear_plain(x, weight, counts)  # the kernel takes neither float64 nor rows that are no multiple of 16 bytes
+def grouped_linear_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """The same without a loop in Python and, on the GPUs that `herd/ops/pick.py` lists, without waiting for the counts.
+
+    The kernel takes neither float64 nor matrices whose rows, or columns, are no multiple of 16 bytes.
+    """
     ends = counts.cumsum(0).to(torch.int32)
     out: Tensor = F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     if out.requires_grad:  # nor, going back, strides like those of the gradient of `sum`

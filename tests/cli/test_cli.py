@@ -8,10 +8,14 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 
 from herd.checkpoint.load import open_source
 from herd.cli.chat import parse
+from herd.cli.inspect import ops_report
 from herd.cli.main import VERBS, main
+from herd.ops.native import kernels
+from herd.ops.pick import OPS, TABLE, ways
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -71,6 +75,35 @@ def test_inspect(capsys: pytest.CaptureFixture[str], name: str, lines: list[str]
     assert code == 0
     for line in [*lines, "bf16", "fp8", "int4", "KV at 8K", "KV at 128K", "KV at 1M", "KV at 10M", "fits"]:
         assert line in out
+
+
+def test_inspect_ops(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row of the table, aligned; what runs here is marked and agrees with what is dispatched."""
+    code, out, _ = run(capsys, "inspect", "--ops")
+    assert code == 0
+    lines = out.splitlines()
+    place = lines[2].index("device")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    for op in OPS:
+        first = next(i for i, line in enumerate(lines) if line.startswith(f"{op}: ")) + 1
+        rows = lines[first : first + sum(way.op == op for way in TABLE)]
+        assert all(row[place - 1] == " " and row[place] != " " for row in rows)
+        marked = [row[1:place].strip() for row in rows if row.startswith("*")]
+        found = [way.name for way in ways(op, device, dtype)]
+        assert marked and marked == found[: len(marked)]
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in out
+    native = kernels()
+    assert f"built, {native.path} instructions" in out if native else "not built" in out or "HERD_NATIVE=off" in out
+
+
+def test_inspect_ops_on_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("herd.cli.inspect.ways", ways.__wrapped__)
+    text = "\n".join(ops_report())
+    assert "on a GPU, bf16" in text and "compute capability 8.6; it wants 9.x or 10.x" in text
 
 
 def test_generate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

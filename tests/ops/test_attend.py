@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from herd.ops.attend import Packed, Paged, Reach, Slots, causal, causal_plain
+from herd.ops.attend import Packed, Paged, Reach, Slots, Table, Together, causal, causal_plain
 
 HEADS = [(1, 1), (4, 4), (6, 2), (5, 1)]  # of queries, of keys
 
@@ -160,3 +160,39 @@ def test_int8_pages_are_off_by_half_a_code_at_most() -> None:
     for x, found in zip((k, v), slots.read(at, torch.float32), strict=True):
         assert ((found - x).abs() <= x.abs().amax(-1, keepdim=True) / 127 * 0.5001).all()
     assert Slots.token_bytes(2, 16, torch.int8) == 2 * 2 * (16 + 4)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from(HEADS), st.integers(1, 70), st.integers(0, 2**32))
+def test_together_equals_by_sequence(lengths: list[int], heads: tuple[int, int], columns: int, seed: int) -> None:
+    """One token of each sequence, slots in any order, tables padded to any width; slots that nobody has written hold NaN."""
+    B, size, (H, G), K = len(lengths), sum(lengths) + 7, heads, 4
+    slots = iter(random.Random(seed).sample(range(size), size))
+    read = [[next(slots) for _ in range(length)] for length in lengths]
+    reach = Reach(read, lengths, page_tokens=1)
+    q, k, v = qkv(B, B, H, G, K, seed)
+    filled = torch.tensor([slot for own in read for slot in own])
+    outs = []
+    for together in (False, True):
+        keys, values = (torch.full((size, G, K), torch.nan) for _ in range(2))
+        keys[filled], values[filled] = qkv(0, len(filled), H, G, K, seed + 1)[1:]
+        attend: Paged | Together = Paged([Slots(keys, values)], [1] * B, reach, None)
+        if together:
+            attend = Together([Slots(keys, values)], Table.of(reach, torch.device("cpu"), columns), None)
+        outs.append(attend(0, True, q, k, v))
+    torch.testing.assert_close(outs[1], outs[0], atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("counts", "lengths", "is_suited"),
+    [
+        ([1], [9], False),
+        ([1, 1], [9, 30], True),
+        ([1, 2], [9, 30], False),
+        ([1] * 9, [9] * 8 + [1000], True),
+        ([1] * 9, [9] * 8 + [3000], False),
+    ],
+)
+def test_together_suits_decoding_without_much_padding(counts: list[int], lengths: list[int], is_suited: bool) -> None:
+    reach = Reach([[] for _ in lengths], lengths, page_tokens=1)
+    assert Together.suits(Paged([], counts, None, reach)) is is_suited
