@@ -14,6 +14,7 @@ from herd.engine.scheduler import Scheduler
 from herd.engine.sequence import Emit, Sequence
 from herd.errors import ContextError, PromptError
 from herd.model.llama4 import Llama4
+from herd.model.swap import activation_bits
 from herd.ops.native import default_threads, kernels
 from herd.text.prompt import Prompt
 from herd.text.stream import Detokenizer
@@ -30,6 +31,7 @@ class Engine:
         self.scheduler = Scheduler(self.model, config, self.pages)
         self.runner = Runner(model, self.pages)
         self.threads = config.threads or default_threads()
+        self.activation_bits = activation_bits(model)
         native = kernels()
         if native is not None:
             native.use_threads(self.threads)  # one pool serves all engines of a process; the last to be made decides

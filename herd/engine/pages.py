@@ -101,7 +101,7 @@ class Pages:
 
         def room(layer: int) -> Slots:
             num_pages = self.local.num_pages if model.is_local(layer) else self.full.num_pages
-            return Slots.empty(num_pages * config.page_tokens, model.num_kv_heads, model.head_width, dtype=dtype, device=device)
+            return Slots.empty((num_pages, model.num_kv_heads, config.page_tokens, model.head_width), dtype=dtype, device=device)
 
         self.layers = [room(layer) for layer in range(model.num_layers)]
         self.device = device

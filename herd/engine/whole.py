@@ -16,7 +16,7 @@ from herd.engine.pages import Pages
 from herd.model.llama4 import Block, Llama4
 from herd.model.moe import MoE
 from herd.model.rope import frequencies
-from herd.model.swap import BlocksExperts, BlocksLinear
+from herd.model.swap import BlocksExperts, BlocksLinear, activation_bits
 from herd.ops.attend import Reach
 from herd.ops.native import Kernels, kernels, tables
 
@@ -29,8 +29,6 @@ class WholeStep:
         c = model.config
         self._layers = (tables.Layer * c.num_layers)(*(_layer(block, i, pages) for i, block in enumerate(model.layers)))  # type: ignore[arg-type]
         qk_norm_eps = c.norm_eps if c.qk_norm else 0.0
-        first: Any = model.layers[0]
-        bits = first.attention.q.bits
         ends: tuple[Any, Any] = (model.embed, model.embed if model.head is None else model.head)
         self._embeds, self._heads = (isinstance(part, BlocksLinear) for part in ends)
         matrices = [tables.Matrix.of(part.weight) if isinstance(part, BlocksLinear) else tables.Matrix() for part in ends]
@@ -43,7 +41,7 @@ class WholeStep:
             c.num_experts,
             c.experts_per_token if c.num_experts else 0,
             c.num_layers,
-            bits // 8,
+            activation_bits(model) // 8,
             c.norm_eps,
             qk_norm_eps,
             0,

@@ -67,6 +67,11 @@ class BlocksExperts(nn.Module):
         return blocks_linear(hidden, self.down, counts, bits=self.bits)
 
 
+def activation_bits(model: Llama4) -> int:
+    """What the activations that meet blocks are rounded to; 0 in a model that holds none."""
+    return max((module.bits for module in model.modules() if isinstance(module, BlocksLinear | BlocksExperts)), default=0)
+
+
 WIDE = 2048  # from this width on, a model bears activations of 8 bits
 
 

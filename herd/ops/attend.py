@@ -95,19 +95,22 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Keys and values of one layer: in floats, or in int8 codes of -127..127 with one scale for each token and head."""
+    """Keys and values of one layer: in floats, or in int8 codes of -127..127 with one scale for each token and head.
 
-    keys: Tensor  # [slots, G, K]
+    Slot i is in page i // S. A head's keys of a page lie together, so that attention, which goes head by head, reads memory in order.
+    """
+
+    keys: Tensor  # [P, G, S, K]
     values: Tensor
-    key_scales: Tensor | None = None  # [slots, G] float32
+    key_scales: Tensor | None = None  # [P, G, S] float32
     value_scales: Tensor | None = None
 
     @staticmethod
-    def empty(count: int, num_kv_heads: int, head_width: int, *, dtype: torch.dtype, device: torch.device) -> "Slots":
-        """Room for `count` tokens. `empty`: the system hands out memory when a slot is first written."""
-        made = [torch.empty(count, num_kv_heads, head_width, dtype=dtype, device=device) for _ in range(2)]
+    def empty(shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device) -> "Slots":
+        """shape: [P, G, S, K]. `empty`: the system hands out memory when a page is first written."""
+        made = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
         if dtype == torch.int8:
-            made += [torch.empty(count, num_kv_heads, device=device) for _ in range(2)]
+            made += [torch.empty(shape[:-1], device=device) for _ in range(2)]
         return Slots(*made)
 
     @staticmethod
@@ -117,20 +120,24 @@ class Slots:
 
     def write(self, at: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [n, G, K] into the slots `at` [n]."""
+        page, place = at // self.keys.shape[2], at % self.keys.shape[2]
         for x, out, scales in ((k, self.keys, self.key_scales), (v, self.values, self.value_scales)):
             if scales is None:
-                out[at] = x.to(out.dtype)
+                out[page, :, place] = x.to(out.dtype)
             else:
                 scale = x.float().abs().amax(-1) / 127  # [n, G]
                 inverse = 1 / scale
-                scales[at] = scale
-                out[at] = (x.float() * torch.where(inverse.isfinite(), inverse, 0)[..., None]).round().to(torch.int8)
+                scales[page, :, place] = scale
+                out[page, :, place] = (x.float() * torch.where(inverse.isfinite(), inverse, 0)[..., None]).round().to(torch.int8)
 
     def read(self, at: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values in the slots `at` [m], in order: [m, G, K] each."""
-        if self.key_scales is None or self.value_scales is None:
-            return self.keys[at].to(dtype), self.values[at].to(dtype)
-        return (self.keys[at] * self.key_scales[at][..., None]).to(dtype), (self.values[at] * self.value_scales[at][..., None]).to(dtype)
+        page, place = at // self.keys.shape[2], at % self.keys.shape[2]
+        keys, values = self.keys[page, :, place], self.values[page, :, place]
+        if self.key_scales is not None and self.value_scales is not None:
+            keys = keys * self.key_scales[page, :, place][..., None]
+            values = values * self.value_scales[page, :, place][..., None]
+        return keys.to(dtype), values.to(dtype)
 
 
 class Paged:

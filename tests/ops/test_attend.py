@@ -125,7 +125,7 @@ def test_paged_equals_packed(lengths: list[int], chunk: int, heads: tuple[int, i
     ring, full = (iter(rng.sample(range(size), size)) for size in sizes)
     served = [Served(n, chunk, [next(full) for _ in range(n)], [next(ring) for _ in range(chunk)]) for n in lengths]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    keys, values = ([torch.full((size, G, K), torch.nan) for size in sizes] for _ in range(2))
+    keys, values = ([torch.full((size, G, 1, K), torch.nan) for size in sizes] for _ in range(2))
     while waiting := [i for i, s in enumerate(served) if s.done < s.length]:
         step = rng.sample(waiting, rng.randint(1, len(waiting)))
         runs = [served[i].runs(rng.choice([1, 2, 5, 25])) for i in step]
@@ -143,7 +143,7 @@ def test_paged_equals_packed(lengths: list[int], chunk: int, heads: tuple[int, i
 
 def test_paged_keeps_the_dtype_of_the_queries_whatever_the_pages_are() -> None:
     q, k, v = qkv(3, 3, 4, 2, 8)
-    slots = Slots(*torch.zeros(2, 9, 2, 8, dtype=torch.bfloat16))
+    slots = Slots(*torch.zeros(2, 9, 2, 1, 8, dtype=torch.bfloat16))
     reach = Reach([[7, 2, 5]], [3], page_tokens=1)
     out = Paged([slots], [3], reach, reach)(0, True, q, k, v)
     assert out.dtype == torch.float32
@@ -155,7 +155,7 @@ def test_int8_pages_are_off_by_half_a_code_at_most() -> None:
     """A code is a 127th of the largest number of a token and head."""
     _, k, v = qkv(5, 5, 4, 2, 16)
     k[1, 0] = 0
-    slots, at = Slots.empty(9, 2, 16, dtype=torch.int8, device=torch.device("cpu")), torch.tensor([7, 0, 2, 5, 8])
+    slots, at = Slots.empty((3, 2, 3, 16), dtype=torch.int8, device=torch.device("cpu")), torch.tensor([7, 0, 2, 5, 8])
     slots.write(at, k, v)
     for x, found in zip((k, v), slots.read(at, torch.float32), strict=True):
         assert ((found - x).abs() <= x.abs().amax(-1, keepdim=True) / 127 * 0.5001).all()
@@ -174,8 +174,8 @@ def test_together_equals_by_sequence(lengths: list[int], heads: tuple[int, int],
     filled = torch.tensor([slot for own in read for slot in own])
     outs = []
     for together in (False, True):
-        keys, values = (torch.full((size, G, K), torch.nan) for _ in range(2))
-        keys[filled], values[filled] = qkv(0, len(filled), H, G, K, seed + 1)[1:]
+        keys, values = (torch.full((size, G, 1, K), torch.nan) for _ in range(2))
+        keys[filled, :, 0], values[filled, :, 0] = qkv(0, len(filled), H, G, K, seed + 1)[1:]
         attend: Paged | Together = Paged([Slots(keys, values)], [1] * B, reach, None)
         if together:
             attend = Together([Slots(keys, values)], Table.of(reach, torch.device("cpu"), columns), None)

@@ -53,7 +53,7 @@ def test_decoding_together_equals_by_sequence() -> None:
     lengths = [3, 700, 1, 256]
     slots = torch.randperm(sum(lengths))
     reach = Reach([own.tolist() for own in slots.split(lengths)], lengths, page_tokens=1)
-    keys, values = numbers(len(slots), 8, 128, dtype=torch.bfloat16), numbers(len(slots), 8, 128, dtype=torch.bfloat16, seed=1)
+    keys, values = (numbers(len(slots), 8, 1, 128, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
     by_sequence = Paged([Slots(keys, values)], [1] * 4, None, reach)
     together = paged(by_sequence)
     assert isinstance(together, Together)

@@ -180,8 +180,8 @@ def step_of(layer: dict[str, Any], model: dict[str, Any], step: dict[str, Any]) 
     fields |= {f"experts_{name}": matrix(*weights[name]) for name in ("gate", "up", "down")}
     fields |= dict.fromkeys(("attention_norm", "ffn_norm", "router"), FLOATS.data_ptr())
     kept = torch.zeros(2, 1024)
-    pages = {"keys": kept[0].data_ptr(), "values": kept[1].data_ptr(), "slot_width": 32, "kind": 0}
-    pages |= {name: value for name, value in layer.items() if name in ("keys", "values", "slot_width", "kind")}
+    pages = {"keys": kept[0].data_ptr(), "values": kept[1].data_ptr(), "kv_heads": 2, "page_tokens": 1, "kind": 0}
+    pages |= {name: value for name, value in layer.items() if name in ("keys", "values", "kv_heads", "page_tokens", "kind")}
     layer = {name: value for name, value in layer.items() if name not in pages}
     layers = (tables.Layer * 1)(tables.Layer(**(fields | {"pages": tables.Pages(**pages)} | layer)))
     sizes = {"width": 32, "heads": 4, "kv_heads": 2, "head_width": 16, "experts": 2, "experts_per_token": 1, "num_layers": 1}
@@ -204,7 +204,8 @@ def step_of(layer: dict[str, Any], model: dict[str, Any], step: dict[str, Any]) 
         *(({name: matrix(32, 128)}, {}, {}) for name in ("q", "o", "gate", "up", "down", "experts_gate", "experts_down")),
         *(({"gate": matrix(HUGE, 32), "up": matrix(HUGE, 32), "down": matrix(32, HUGE)}, {}, {}),),
         ({"is_local": 1}, {}, {}),
-        *(({"slot_width": n}, {}, {}) for n in (0, 31, HUGE)),
+        *(({"kv_heads": n}, {}, {}) for n in (0, 3, HUGE)),
+        *(({"page_tokens": n}, {}, {}) for n in (0, -1, 2, HUGE)),
         *(({"kind": n}, {}, {}) for n in (-1, 3)),
         ({"kind": 2}, {}, {}),  # int8 without scales
         *(({}, {"width": n}, {}) for n in (0, -32, 31, 64, HUGE)),

@@ -69,7 +69,10 @@ class Kernels:
         return codes, scales
 
     def product(self, x: Tensor, blocks: Tensor, counts: Tensor | None = None, *, bits: int = 16) -> Tensor:
-        """x [R, K] float32, rounded to 8 or 16 bits, times blocks [N/8, K/g, B] -> [R, N]; or, sorted by expert, times [E, N/8, K/g, B] with counts [E] int64."""
+        """x [R, K] float32, rounded to 8 or 16 bits, times blocks [N/8, K/g, B] -> [R, N].
+
+        With counts [E] int64, x sorted by expert times [E, N/8, K/g, B].
+        """
         kind = kind_of(blocks)
         *experts, row_blocks, groups, _ = blocks.shape
         R, K = x.shape

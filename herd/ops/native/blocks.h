@@ -107,7 +107,7 @@ inline int32_t four(const int8_t* q) {
   return out;
 }
 
-constexpr int kAhead = 4096;  // bytes to fetch before they are needed
+constexpr int kAhead = 8192;  // bytes to fetch before they are needed
 
 // --- AVX2: at most 8 sums of 15 * 127 * 2 are added in 16 bits, 30,480 < 32,768
 
@@ -125,7 +125,7 @@ HERD_AVX2 void tile_avx2(const Blocks& w, int64_t row_block, const Rounded& x, i
   const int32_t* totals = x.totals + first;
   for (int64_t g = 0; g < groups; block += block_bytes) {
     for (int ahead = kAhead; ahead < kAhead + block_bytes; ahead += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(block + ahead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(block + ahead), _MM_HINT_T1);
     const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + codes_bytes)));
     __m256 minimum = _mm256_setzero_ps();
     if (HasMinimum) minimum = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block + codes_bytes + 16)));
@@ -241,28 +241,32 @@ HERD_VNNI void tile_vnni(const Blocks& w, int64_t row_block, const Rounded& x, i
   for (int64_t g = 0; g < groups; block += block_bytes) {
     for (int i = 0; i < V::kBlocks; ++i)
       for (int64_t ahead = kAhead; ahead < kAhead + block_bytes; ahead += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(block + i * next + ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(block + i * next + ahead), _MM_HINT_T1);
     const typename V::Float scale = V::halves(block + codes_bytes, next);
     typename V::Float minimum = V::set(0.0f);
     if (HasMinimum) minimum = V::halves(block + codes_bytes + 16, next);
     for (int part = 0; part < per_block; ++part, ++g, q0 += Parts * kTile * kGroup, scales += kTile, sums += kTile, totals += kTile) {
       const uint8_t* codes = block + part * (kRows * kGroup * Bits / 8);
-      typename V::Int dots[T][Parts];
-      for (int t = 0; t < T; ++t)
-        for (int p = 0; p < Parts; ++p) dots[t][p] = V::set(0);
+      constexpr int kChains = T * Parts <= 2 ? 2 : 1;  // an instruction waits for the one before it in its chain
+      typename V::Int dots[T][Parts][kChains];
+      for (auto& of_token : dots)
+        for (auto& of_part : of_token)
+          for (auto& dot : of_part) dot = V::set(0);
       for (int v = 0; v < Bits; ++v) {
         const typename V::Int both = V::load(codes + v * 32, next);
         const typename V::Int a = Bits == 4 ? V::low(both) : V::flip(both), b = Bits == 4 ? V::high(both) : a;
         for (int t = 0; t < T; ++t)
           for (int p = 0; p < Parts; ++p) {
             const int8_t* q = q0 + (p * kTile + t) * kGroup + v * (Bits == 4 ? 8 : 4);
-            dots[t][p] = V::dot(dots[t][p], a, V::set(four(q)));
-            if (Bits == 4) dots[t][p] = V::dot(dots[t][p], b, V::set(four(q + 4)));
+            typename V::Int &first = dots[t][p][Bits == 4 ? 0 : v % kChains], &second = dots[t][p][kChains - 1];
+            first = V::dot(first, a, V::set(four(q)));
+            if (Bits == 4) second = V::dot(second, b, V::set(four(q + 4)));
           }
       }
       for (int t = 0; t < T; ++t) {
-        typename V::Int total = dots[t][0];
-        if (Parts == 2) total = V::add(V::mul(total, V::set(kRadix)), dots[t][Parts - 1]);
+        for (int p = 0; kChains == 2 && p < Parts; ++p) dots[t][p][0] = V::add(dots[t][p][0], dots[t][p][1 % kChains]);
+        typename V::Int total = dots[t][0][0];
+        if (Parts == 2) total = V::add(V::mul(total, V::set(kRadix)), dots[t][Parts - 1][0]);
         if (!HasMinimum) total = V::sub(total, V::template shift<Bits == 4 ? 3 : 7>(V::set(totals[t])));
         acc[t] = V::fma(V::real(total), V::mul(scale, V::set(scales[t])), acc[t]);
         if (HasMinimum) acc[t] = V::fma(minimum, V::set(sums[t]), acc[t]);

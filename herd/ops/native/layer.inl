@@ -208,10 +208,18 @@ HERD_TARGET inline void store_turned(const f8* rows, float* out, int64_t stride)
 template <int Kind>
 HERD_TARGET void gather(const HerdPages& pages, int64_t head, int64_t head_width, const int64_t* slots, int64_t count, float* keys,
                         float* values) {
+  constexpr int64_t kBytes = Kind == kFloat32 ? 4 : Kind == kBfloat16 ? 2 : 1;
+  for (int64_t j = kPrefetchKeys; j < std::min(count, kPrefetchKeys + kKeys); ++j) {  // into the second cache: see blocks.h
+    const int64_t next = (slots[j] + head * pages.page_tokens) * head_width * kBytes;
+    for (int64_t i = 0; i < head_width * kBytes; i += 64) {
+      __builtin_prefetch(static_cast<const char*>(pages.keys) + next + i, 0, 2);
+      __builtin_prefetch(static_cast<const char*>(pages.values) + next + i, 0, 2);
+    }
+  }
   int64_t at[kKeys];
   f8 key_scales[kKeys], value_scales[kKeys];
   for (int64_t j = 0; j < kKeys; ++j) {
-    at[j] = slots[std::min(j, count - 1)] * pages.slot_width + head * head_width;
+    at[j] = (slots[std::min(j, count - 1)] + head * pages.page_tokens) * head_width;
     if (Kind != kInt8) continue;
     key_scales[j] = all(pages.key_scales[at[j] / head_width]);
     value_scales[j] = all(pages.value_scales[at[j] / head_width]);

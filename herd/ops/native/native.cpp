@@ -24,16 +24,17 @@ using namespace herd;
 
 enum Path { kPortable, kAvx2, kVnni };
 constexpr int64_t kKeys = 16;               // keys of a block of attention; a head is a multiple of this wide
-constexpr int64_t kSpan = 1024;             // keys that are summed up by themselves before spans are joined
+constexpr int64_t kPrefetchKeys = 64;       // how far ahead of their use keys are fetched
+constexpr int64_t kSpan = 256;             // keys that are summed up by themselves before spans are joined
 constexpr int64_t kMostHeadWidth = 512;
 constexpr int64_t kMostQueriesPerKey = 64;  // query heads of one key/value head
 
 enum KvKind { kFloat32, kBfloat16, kInt8 };
 
 struct HerdPages {  // keys and values of one layer
-  void *keys, *values;                // [slots, G, K]
-  float *key_scales, *value_scales;   // [slots, G] of int8
-  int64_t slot_width;                 // G * K
+  void *keys, *values;                // [P, G, S, K]
+  float *key_scales, *value_scales;   // [P, G, S] of int8
+  int64_t kv_heads, page_tokens;      // G, S
   int32_t kind, reserved;
 };
 
@@ -225,9 +226,22 @@ struct Part {  // blocks [first, last) of one matrix, for some tokens
   int64_t stride, first, last, tokens;
 };
 
-struct Product {
+constexpr int kFew = 2;  // so many tokens wait for memory, not for arithmetic
+
+struct Product {  // of several matrices
   Path path;
-  std::vector<Part> parts;
+  int threads;
+  std::vector<Part> parts = {};
+
+  // Few tokens: one long part for each thread, which reads on where it was. Many: parts that fill a quarter of a second-level cache, where
+  // they meet tile after tile, and enough of them that no thread waits long.
+  void add(const Blocks& w, const Rounded& x, float* y, int64_t stride, int64_t tokens) {
+    const int64_t blocks = w.rows / kRows;
+    const int64_t most = (int64_t(tokens > kFew ? 256 : 4096) << 10) / w.row_bytes();
+    int64_t step = std::max<int64_t>(2, std::min(most, blocks / (tokens > kFew ? 4 * threads : threads)));
+    step += step % 2;
+    for (int64_t b = 0; b < blocks; b += step) parts.push_back({w, x, y, stride, b, std::min(b + step, blocks), tokens});
+  }
 };
 
 void multiply(void* context, int64_t index, int) {
@@ -241,19 +255,15 @@ void multiply(void* context, int64_t index, int) {
     const int count = int(std::min<int64_t>(kTile, part.tokens - t));
     float* y = part.y + t * part.stride;
     int64_t b = part.first;
-    if (p.path == kVnni && count > 2)  // one or two tokens wait for memory, and narrow registers read it with fewer loads
+    if (p.path == kVnni && count > kFew)  // narrow registers read memory with fewer loads
       for (; b + 2 <= part.last; b += 2) wide(part.weight, b, x, count, y, part.stride);
     for (; b < part.last; ++b) narrow(part.weight, b, x, count, y, part.stride);
   }
 }
 
-// Cut a matrix into parts that fill half of a second-level cache, or fewer blocks where there would be too few parts to share out.
-void cut(std::vector<Part>& parts, const Blocks& w, const Rounded& x, float* y, int64_t stride, int64_t tokens, int threads) {
-  const int64_t blocks = w.rows / kRows;
-  const int64_t fitting = std::max<int64_t>(2, (int64_t(256) << 10) / w.row_bytes());
-  int64_t step = std::min(fitting, std::max<int64_t>(2, blocks / (4 * threads)));
-  step += step % 2;
-  for (int64_t b = 0; b < blocks; b += step) parts.push_back({w, x, y, stride, b, std::min(b + step, blocks), tokens});
+void compute(Product& job, Pool& pool) {
+  pool.run(multiply, &job, int64_t(job.parts.size()));
+  job.parts.clear();
 }
 
 // One row of a matrix as floats: an embedding.
@@ -366,13 +376,13 @@ int herd_product(const uint8_t* data, int64_t num, int64_t rows, int64_t columns
     m.inputs.hold(tiles * kTile, columns, parts);
     auto round = [&](int64_t i, int) { round_token(m.path, x + i * columns, columns, m.inputs, padded[size_t(i)]); };
     parallel(m.pool, total, round);
-    Product job{m.path, {}};
+    Product job{m.path, m.pool.size()};
     int64_t tile = 0;
     for (int64_t e = 0; e < num; w.data += rows / kRows * w.row_bytes(), ++e) {
-      if (counts[e] > 0) cut(job.parts, w, m.inputs.view().tile(tile, columns), y, rows, counts[e], m.pool.size());
+      if (counts[e] > 0) job.add(w, m.inputs.view().tile(tile, columns), y, rows, counts[e]);
       tile += tiles_of(counts[e]), y += counts[e] * rows;
     }
-    m.pool.run(multiply, &job, int64_t(job.parts.size()));
+    compute(job, m.pool);
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }

@@ -15,8 +15,8 @@ bool is_matrix(const HerdMatrix& m, int64_t rows, int64_t columns) {
   return m.rows == rows && m.columns == columns && is_sound(blocks_of(m));
 }
 
-bool is_sound(const HerdPages& p, int64_t width) {
-  return p.keys && p.values && p.slot_width == width && p.kind >= kFloat32 && p.kind <= kInt8 &&
+bool is_sound(const HerdPages& p, int64_t kv_heads) {
+  return p.keys && p.values && p.kv_heads == kv_heads && p.page_tokens > 0 && p.kind >= kFloat32 && p.kind <= kInt8 &&
          (p.kind != kInt8 || (p.key_scales && p.value_scales));
 }
 
@@ -28,7 +28,7 @@ bool is_sound(const HerdModel& m) {
     return false;
   for (const HerdLayer* l = m.layers; l < m.layers + m.num_layers; ++l) {
     const int64_t F = l->gate.rows, S = l->experts_gate.rows;
-    if (!l->attention_norm || !l->ffn_norm || !is_sound(l->pages, G * K) || !is_matrix(l->q, H * K, D) || !is_matrix(l->k, G * K, D) ||
+    if (!l->attention_norm || !l->ffn_norm || !is_sound(l->pages, G) || !is_matrix(l->q, H * K, D) || !is_matrix(l->k, G * K, D) ||
         !is_matrix(l->v, G * K, D) || !is_matrix(l->o, D, H * K) || !is_matrix(l->gate, F, D) || !is_matrix(l->up, F, D) ||
         !is_matrix(l->down, D, F))
       return false;
@@ -57,7 +57,8 @@ bool is_sound(const HerdStep& s, const HerdModel& m) {
   }
   if (tokens != s.tokens || !fits(s.tokens, m.width) || !fits(s.tokens, 3 * m.heads * m.head_width)) return false;
   for (const HerdLayer* l = m.layers; l < m.layers + m.num_layers; ++l) {
-    if (!fits(s.tokens, l->gate.rows) || !is_sound(l->is_local ? s.local : s.full, s)) return false;
+    const HerdReach& reach = l->is_local ? s.local : s.full;
+    if (!fits(s.tokens, l->gate.rows) || !is_sound(reach, s) || reach.page_tokens != l->pages.page_tokens) return false;
     const int64_t k = m.experts_per_token, widest = std::max(m.width, l->experts_gate.rows);
     if (l->router && (!fits(s.tokens, k) || !fits(s.tokens * k, widest))) return false;
   }

@@ -89,11 +89,12 @@ struct QueryTile {
 
 // One kind of layer: where the new tokens go, and how they attend.
 struct Sight {
-  std::vector<int64_t> slots;  // of all sequences, end to end
+  std::vector<int64_t> slots;  // of all sequences, end to end: in [P, G, S], the row of head 0
   std::vector<int64_t> write;  // [T]
   std::vector<QueryTile> tiles;
 
-  Sight(const HerdReach& reach, const HerdStep& step) {
+  Sight(const HerdReach& reach, const HerdStep& step, int64_t kv_heads) {
+    const int64_t S = reach.page_tokens;
     if (!reach.pages) return;
     int64_t total = 0;
     for (int64_t b = 0; b < step.sequences; ++b) total += reach.lengths[b];
@@ -102,7 +103,7 @@ struct Sight {
     for (int64_t b = 0, t = 0; b < step.sequences; pages += reach.num_pages[b], t += step.counts[b], ++b) {
       const int64_t length = reach.lengths[b], old = length - step.counts[b];
       const int64_t* own = slots.data() + slots.size();  // it was reserved, so it stays
-      for (int64_t j = 0; j < length; ++j) slots.push_back(pages[j / reach.page_tokens] * reach.page_tokens + j % reach.page_tokens);
+      for (int64_t j = 0; j < length; ++j) slots.push_back(pages[j / S] * kv_heads * S + j % S);
       write.insert(write.end(), own + old, own + length);
       for (int64_t j = 0; j < step.counts[b]; j += kTile)
         tiles.push_back({t + j, std::min<int64_t>(kTile, step.counts[b] - j), own, old + j + 1});
@@ -114,8 +115,8 @@ class Step {
  public:
   Step(Machine& machine, const HerdModel& model, const HerdStep& step)
       : m(machine), model(model), step(step), f(floats(machine.path)), T(step.tokens), D(model.width), H(model.heads), G(model.kv_heads),
-        K(model.head_width), W((H + 2 * G) * K), R(model.experts_per_token * T), parts(model.activation_parts), local(step.local, step),
-        full(step.full, step) {
+        K(model.head_width), W((H + 2 * G) * K), R(model.experts_per_token * T), parts(model.activation_parts), local(step.local, step, model.kv_heads),
+        full(step.full, step, model.kv_heads) {
     int64_t F = 0;
     bool is_moe = false;
     for (int64_t i = 0; i < model.num_layers; ++i) {
@@ -159,13 +160,8 @@ class Step {
       parallel(m.pool, T, [&](int64_t t, int) { work(t); });
   }
 
-  void multiply_all(Product& job) {
-    m.pool.run(multiply, &job, int64_t(job.parts.size()));
-    job.parts.clear();
-  }
-
-  void cut_one(Product& job, const HerdMatrix& w, const RoundedBuffer& x, float* y, int64_t stride) {
-    cut(job.parts, blocks_of(w), x.view(), y, stride, T, m.pool.size());
+  void add_one(Product& job, const HerdMatrix& w, const RoundedBuffer& x, float* y, int64_t stride) {
+    job.add(blocks_of(w), x.view(), y, stride, T);
   }
 
   void round(const float* x, int64_t columns, RoundedBuffer& out, int64_t place) { round_token(m.path, x, columns, out, place); }
@@ -177,16 +173,16 @@ class Step {
       f.rms_norm(x, layer.attention_norm, D, model.norm_eps, normed + t * D);
       round(normed + t * D, D, m.inputs, t);
     });
-    Product job{m.path, {}};
-    cut_one(job, layer.q, m.inputs, qkv, W);
-    cut_one(job, layer.k, m.inputs, qkv + H * K, W);
-    cut_one(job, layer.v, m.inputs, qkv + (H + G) * K, W);
-    multiply_all(job);
+    Product job{m.path, m.pool.size()};
+    add_one(job, layer.q, m.inputs, qkv, W);
+    add_one(job, layer.k, m.inputs, qkv + H * K, W);
+    add_one(job, layer.v, m.inputs, qkv + (H + G) * K, W);
+    compute(job, m.pool);
     each_token([&](int64_t t) { place_heads(layer, t); });
     attend(layer);
     each_token([&](int64_t t) { round(attended + t * H * K, H * K, m.inputs, t); });
-    cut_one(job, layer.o, m.inputs, added, D);
-    multiply_all(job);
+    add_one(job, layer.o, m.inputs, added, D);
+    compute(job, m.pool);
     each_token([&](int64_t t) {
       f.add(step.x + t * D, added + t * D, D);
       f.rms_norm(step.x + t * D, layer.ffn_norm, D, model.norm_eps, normed + t * D);
@@ -220,17 +216,20 @@ class Step {
     const int64_t slot = (layer.is_local ? local : full).write[size_t(t)];
     const HerdPages& p = layer.pages;
     for (int64_t g = 0; g < G; ++g) {
-      f.write_slot(row + (H + g) * K, K, p.keys, p.key_scales, slot * G + g, p.kind);
-      f.write_slot(row + (H + G + g) * K, K, p.values, p.value_scales, slot * G + g, p.kind);
+      f.write_slot(row + (H + g) * K, K, p.keys, p.key_scales, slot + g * p.page_tokens, p.kind);
+      f.write_slot(row + (H + G + g) * K, K, p.values, p.value_scales, slot + g * p.page_tokens, p.kind);
     }
   }
 
   // Tiles of queries by key/value heads; where these are too few to share out, as in the decoding of long contexts, also by spans of keys.
   void attend(const HerdLayer& layer) {
     const std::vector<QueryTile>& tiles = (layer.is_local ? local : full).tiles;
-    int64_t longest = 0;
-    for (const QueryTile& tile : tiles) longest = std::max(longest, tile.visible + tile.count - 1);
-    const int64_t num_spans = (longest + kSpan - 1) / kSpan, num_tiles = int64_t(tiles.size()), rows = kTile * (H / G);
+    int64_t longest = 0, rows = 0;
+    for (const QueryTile& tile : tiles) {
+      longest = std::max(longest, tile.visible + tile.count - 1);
+      rows = std::max(rows, tile.count * (H / G));
+    }
+    const int64_t num_spans = (longest + kSpan - 1) / kSpan, num_tiles = int64_t(tiles.size());
     if (num_spans == 1 || num_tiles * G >= 8 * m.pool.size()) {
       parallel(m.pool, num_tiles * G, [&](int64_t task, int worker) {
         const QueryTile& tile = tiles[size_t(task / G)];
@@ -245,14 +244,14 @@ class Step {
       });
       return;
     }
-    std::vector<SoftmaxRow> states(size_t(num_tiles * G * num_spans * rows));
-    std::vector<float> accs(states.size() * size_t(K));
+    states.resize(size_t(num_tiles * G * num_spans * rows));
+    accs.resize(states.size() * size_t(K));
     const auto place = [&](int64_t tile, int64_t g, int64_t span) { return size_t(((tile * G + g) * num_spans + span) * rows); };
     parallel(m.pool, num_tiles * G * num_spans, [&](int64_t task, int worker) {
       const int64_t i = task / (G * num_spans), g = task / num_spans % G, span = task % num_spans;
       const QueryTile& tile = tiles[size_t(i)];
       const int64_t start = span * kSpan, keys = tile.visible + tile.count - 1;
-      if (start >= keys) return;
+      if (start >= keys) return void(std::fill_n(&states[place(i, g, span)], rows, SoftmaxRow{}));
       Rows(*this, tile, g, worker)
           .span(layer.pages, start, std::min(keys, start + kSpan), &states[place(i, g, span)], &accs[place(i, g, span) * size_t(K)]);
     });
@@ -304,13 +303,13 @@ class Step {
   // From `normed`, rounded in `inputs`, to `added`.
   void dense(const HerdLayer& layer) {
     const int64_t F = layer.gate.rows;
-    Product job{m.path, {}};
-    cut_one(job, layer.gate, m.inputs, hidden, 2 * F);
-    cut_one(job, layer.up, m.inputs, hidden + F, 2 * F);
-    multiply_all(job);
+    Product job{m.path, m.pool.size()};
+    add_one(job, layer.gate, m.inputs, hidden, 2 * F);
+    add_one(job, layer.up, m.inputs, hidden + F, 2 * F);
+    compute(job, m.pool);
     each_token([&](int64_t t) { swiglu(hidden + t * 2 * F, F, m.hidden, t); });
-    cut_one(job, layer.down, m.hidden, added, D);
-    multiply_all(job);
+    add_one(job, layer.down, m.hidden, added, D);
+    compute(job, m.pool);
   }
 
   void swiglu(float* row, int64_t F, RoundedBuffer& out, int64_t place) {
@@ -329,21 +328,21 @@ class Step {
         round(scaled, D, m.routed, routed.padded[size_t(r)]);
       }
     });
-    Product job{m.path, {}};
+    Product job{m.path, m.pool.size()};
     float* expert_hidden = hidden + T * 2 * S;
-    cut_one(job, layer.gate, m.inputs, hidden, 2 * S);
-    cut_one(job, layer.up, m.inputs, hidden + S, 2 * S);
-    cut_experts(job, layer.experts_gate, routed, expert_hidden, 2 * F);
-    cut_experts(job, layer.experts_up, routed, expert_hidden + F, 2 * F);
-    multiply_all(job);
+    add_one(job, layer.gate, m.inputs, hidden, 2 * S);
+    add_one(job, layer.up, m.inputs, hidden + S, 2 * S);
+    add_experts(job, layer.experts_gate, routed, expert_hidden, 2 * F);
+    add_experts(job, layer.experts_up, routed, expert_hidden + F, 2 * F);
+    compute(job, m.pool);
     each_token([&](int64_t t) {
       swiglu(hidden + t * 2 * S, S, m.hidden, t);
       for (int64_t r = t * k; r < (t + 1) * k; ++r)
         swiglu(expert_hidden + routed.place[size_t(r)] * 2 * F, F, m.routed, routed.padded[size_t(r)]);
     });
-    cut_one(job, layer.down, m.hidden, added, D);
-    cut_experts(job, layer.experts_down, routed, routed_out, D);
-    multiply_all(job);
+    add_one(job, layer.down, m.hidden, added, D);
+    add_experts(job, layer.experts_down, routed, routed_out, D);
+    compute(job, m.pool);
     each_token([&](int64_t t) {
       for (int64_t r = t * k; r < (t + 1) * k; ++r) f.add(added + t * D, routed_out + routed.place[size_t(r)] * D, D);
     });
@@ -384,11 +383,11 @@ class Step {
     return routed;
   }
 
-  void cut_experts(Product& job, const HerdMatrix& w, const Routed& routed, float* y, int64_t stride) {
+  void add_experts(Product& job, const HerdMatrix& w, const Routed& routed, float* y, int64_t stride) {
     Blocks one = blocks_of(w);
     int64_t tile = 0;
     for (int64_t count : routed.counts) {
-      if (count) cut(job.parts, one, m.routed.view().tile(tile, w.columns), y, stride, count, m.pool.size());
+      if (count) job.add(one, m.routed.view().tile(tile, w.columns), y, stride, count);
       tile += tiles_of(count), y += count * stride;
       one.data += one.rows / kRows * one.row_bytes();
     }
@@ -401,9 +400,9 @@ class Step {
       f.rms_norm(step.x + step.rows[i] * D, model.norm, D, model.norm_eps, normed + i * D);
       round(normed + i * D, D, m.inputs, i);
     }
-    Product job{m.path, {}};
-    cut(job.parts, blocks_of(model.head), m.inputs.view(), step.logits, V, n, m.pool.size());
-    multiply_all(job);
+    Product job{m.path, m.pool.size()};
+    job.add(blocks_of(model.head), m.inputs.view(), step.logits, V, n);
+    compute(job, m.pool);
   }
 
   Machine& m;
@@ -413,5 +412,7 @@ class Step {
   const int64_t T, D, H, G, K, W, R;
   const int parts;
   const Sight local, full;
+  std::vector<SoftmaxRow> states;  // of spans
+  std::vector<float> accs;
   float *normed, *qkv, *attended, *added, *hidden, *routed_out, *cos, *sin, *temperature;
 };

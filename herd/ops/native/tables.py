@@ -40,7 +40,8 @@ class Pages(ctypes.Structure):
     KINDS: ClassVar = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
-        ("slot_width", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("page_tokens", ctypes.c_int64),
         ("kind", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     )
@@ -49,8 +50,8 @@ class Pages(ctypes.Structure):
     def of(cls, slots: Slots) -> "Pages":
         """Addresses of one layer's slots."""
         scales = [None if scale is None else scale.data_ptr() for scale in (slots.key_scales, slots.value_scales)]
-        _, G, K = slots.keys.shape
-        return cls(slots.keys.data_ptr(), slots.values.data_ptr(), *scales, G * K, cls.KINDS[slots.keys.dtype], 0)
+        _, G, S, _ = slots.keys.shape
+        return cls(slots.keys.data_ptr(), slots.values.data_ptr(), *scales, G, S, cls.KINDS[slots.keys.dtype], 0)
 
 
 class Layer(ctypes.Structure):
