@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     show_logs()
     config = dataclasses.replace(SCOUT, num_layers=arguments.layers, vocab_size=2048, vision=None, context_tokens=131072)
-    ids = {"bos_id": 256, "stop_ids": (257, 260, 261), "pad_id": 262, "patch_id": 268}  # of the byte tokenizer
+    ids = {"bos_id": 256, "stop_ids": (257, 260, 261), "pad_id": 262, "patch_id": -1}  # of the byte tokenizer; no images
     config = dataclasses.replace(config, **ids)
     shapes = herd_shapes(config)
     kinds = plan(shapes).kinds

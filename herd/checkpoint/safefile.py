@@ -33,6 +33,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_HEADER = 100_000_000  # bytes; the library's own limit
+_ALIGNMENT = 64  # bytes that the data starts at a multiple of: kernels read a mapped file, and a vector across two cache lines costs two
 _AGAIN = "fetch the file again"
 
 
@@ -119,7 +120,7 @@ def _write(path: Path, tensors: Mapping[str, Stored], advance: Callable[[float],
         header[name] = entry
         offset += stored.num_bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
     with path.open("wb", buffering=0) as file:
         write_all(file.write, len(encoded).to_bytes(8, "little") + encoded)
         for _, stored in ordered:
