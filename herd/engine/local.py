@@ -1,6 +1,7 @@
 """The one bridge from the outside to engines: `herd.load` and its `Model` for Python, and the async `Backend` of the server."""
 
 import asyncio
+import ctypes
 import queue
 from collections.abc import AsyncGenerator, Iterator
 from collections.abc import Sequence as ListLike
@@ -281,4 +282,7 @@ def open_engine(name: str | Path, *, config: EngineConfig, dtype: torch.dtype | 
     """The engine of a model, not yet running: for who wants to step it himself. Arguments and errors as for `load`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, source = load_model(name, dtype=dtype, device=device, activation_bits=config.activation_bits)
-    return Engine(model, tokenizer_of(source.files), config)
+    tokenizer = tokenizer_of(source.files)
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)  # parsing a vocabulary leaves tens of megabytes of holes
+    return Engine(model, tokenizer, config)

@@ -39,6 +39,10 @@ class Block(nn.Module):
 class Embedding(nn.Embedding):
     """The table of token vectors, and, where head and embedding are tied, the output head."""
 
+    def __init__(self, vocab_size: int, width: int) -> None:
+        # given its weight, torch draws none: on "meta" that would import its compiler, a second and 80 MB
+        super().__init__(vocab_size, width, _weight=torch.empty(vocab_size, width))
+
     def logits(self, x: Tensor) -> Tensor:
         """x: [n, D] -> [n, V]."""
         return F.linear(x, self.weight)
