@@ -128,7 +128,8 @@ def about(arguments: argparse.Namespace, ours: Process, theirs: Process) -> list
         f"llama-cpp-python {theirs.facts['version']}, built for this machine ({features(theirs.facts['system'])}).",
         f"Median of {arguments.rounds} rounds after one to warm up, both sides in turn, random ids (seed = round).",
         "herd's side is its engine's whole step, sampling and text included; llama.cpp's is `llama_decode`.",
-        "Limit: the best reading of memory (or byte products in registers) seen between the rounds, over what a token reads (or computes).",
+        "Limit: the best reading of memory (or byte products in registers) seen between the rounds, over what a token reads (or computes); "
+        "of several sequences, as if all of them met the same weights.",
     ]
 
 
