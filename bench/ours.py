@@ -3,40 +3,13 @@
 import json
 import random
 import sys
-import time
 
 import torch
 
-from herd.chat import Sampling
 from herd.engine.config import EngineConfig
-from herd.engine.engine import Engine
 from herd.engine.local import open_engine
-from herd.engine.measure import active_bytes
+from herd.engine.measure import active_bytes, run_random
 from herd.ops.native import kernels
-from herd.text.prompt import Prompt
-
-
-def run(engine: Engine, numbers: random.Random, vocabulary: int, lengths: list[int], replies: int) -> tuple[float, float]:
-    """Seconds until every sequence has its first token, and from there for `replies` - 1 more each; random ids take the place of draws."""
-    sampling = Sampling(temperature=0, max_tokens=replies, ignore_eos=True)
-    sequences = []
-    for length in lengths:
-        prompt = Prompt(tokens=[numbers.randrange(vocabulary) for _ in range(length)], loss_mask=[False] * length)
-        sequences.append(engine.sequence(prompt, sampling, _unheard))
-        engine.scheduler.add(sequences[-1])
-    start, first = time.perf_counter(), 0.0
-    while not engine.scheduler.is_idle:
-        engine.step()
-        if not first and all(len(s.tokens) > s.num_prompt for s in sequences):
-            first = time.perf_counter() - start
-        for sequence in engine.scheduler.running:
-            if len(sequence.tokens) > sequence.num_prompt:
-                sequence.tokens[-1] = numbers.randrange(vocabulary)
-    return first, time.perf_counter() - start - first
-
-
-def _unheard(event: object) -> None:
-    del event
 
 
 def main() -> None:
@@ -54,10 +27,10 @@ def main() -> None:
         if ask["do"] == "limits":
             answer = {"read_gb_s": native.read_gb_s(much), "peak_gop_s": native.peak_gop_s()}
         elif ask["do"] == "prefill":
-            answer = {"seconds": run(engine, numbers, ask["vocabulary"], [ask["tokens"]], 1)[0]}
+            answer = {"seconds": run_random(engine, numbers, [ask["tokens"]], 1, ask["vocabulary"])[0]}
         else:
             lengths = [ask["prompt"]] * ask["sequences"]
-            answer = {"seconds": run(engine, numbers, ask["vocabulary"], lengths, ask["tokens"] + 1)[1]}
+            answer = {"seconds": run_random(engine, numbers, lengths, ask["tokens"] + 1, ask["vocabulary"])[1]}
         print(json.dumps(answer), flush=True)
 
 

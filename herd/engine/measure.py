@@ -10,6 +10,7 @@ import torch
 from herd.chat import Sampling
 from herd.engine.engine import Engine
 from herd.errors import UsageError
+from herd.ops.native import kernels
 from herd.text.prompt import Prompt
 
 
@@ -33,11 +34,11 @@ def measure(engine: Engine, *, prefill: int, decode: int, batch: int, rounds: in
         raise UsageError(f"a batch of {batch} is more than max_sequences {engine.config.max_sequences}", "raise --max-sequences")
     numbers = random.Random(0)
     found: dict[str, list[float]] = {"prefill": [], "decode": [], "batch": [], "read": []}
-    _run(engine, numbers, [8], 4)  # first use of everything
+    run_random(engine, numbers, [8], 4)  # first use of everything
     for _ in range(rounds):
-        first, _ = _run(engine, numbers, [prefill], 1)
-        _, rest = _run(engine, numbers, [16], decode)
-        _, all_rest = _run(engine, numbers, [16] * batch, decode)
+        first, _ = run_random(engine, numbers, [prefill], 1)
+        _, rest = run_random(engine, numbers, [16], decode)
+        _, all_rest = run_random(engine, numbers, [16] * batch, decode)
         found["prefill"].append(first)
         found["decode"].append(rest / (decode - 1))
         found["batch"].append(all_rest / (decode - 1))
@@ -53,21 +54,34 @@ def measure(engine: Engine, *, prefill: int, decode: int, batch: int, rounds: in
     )
 
 
-def _run(engine: Engine, numbers: random.Random, lengths: list[int], replies: int) -> tuple[float, float]:
-    """Seconds until every sequence has its first token, and seconds from there to the end."""
+def run_random(
+    engine: Engine, numbers: random.Random, lengths: list[int], replies: int, vocabulary: int | None = None
+) -> tuple[float, float]:
+    """Seconds until every sequence has its first token, and seconds from there to the end.
+
+    Random ids below `vocabulary` (the model's size if None) take the place of prompts and of what is drawn, so that sequences stay apart.
+    """
+    bound = vocabulary or engine.model.vocab_size
+
+    def draw() -> int:
+        token = numbers.randrange(bound)
+        return token if token != engine.model.patch_id else 0
+
     sampling = Sampling(temperature=0, max_tokens=replies, ignore_eos=True)
+    sequences = []
     for length in lengths:
-        tokens = [numbers.randrange(engine.model.vocab_size) for _ in range(length)]
-        tokens = [token if token != engine.model.patch_id else 0 for token in tokens]
-        prompt = Prompt(tokens=tokens, loss_mask=[False] * length)
-        engine.scheduler.add(engine.sequence(prompt, sampling, _unheard))
+        prompt = Prompt(tokens=[draw() for _ in range(length)], loss_mask=[False] * length)
+        sequences.append(engine.sequence(prompt, sampling, _unheard))
+        engine.scheduler.add(sequences[-1])
     start = time.perf_counter()
     first = 0.0
     while not engine.scheduler.is_idle:
         engine.step()
-        running = engine.scheduler.running
-        if not first and not engine.scheduler.waiting and all(len(s.tokens) > s.num_prompt for s in running):
+        if not first and all(len(s.tokens) > s.num_prompt for s in sequences):
             first = time.perf_counter() - start
+        for sequence in engine.scheduler.running:
+            if len(sequence.tokens) > sequence.num_prompt:
+                sequence.tokens[-1] = draw()
     return first, time.perf_counter() - start - first
 
 
@@ -88,8 +102,10 @@ def active_bytes(engine: Engine) -> int:
 
 
 def read_bandwidth(num_bytes: int = 1 << 29) -> float:
-    """GB/s of summing a large float32 tensor: the most that a step could read its weights at."""
-    data = torch.ones(num_bytes // 4)
+    """GB/s of reading a large tensor with all threads: the most that a step could read its weights at."""
+    data, native = torch.ones(num_bytes // 4), kernels()
+    if native is not None:
+        return native.read_gb_s(data)
     start = time.perf_counter()
     data.sum()
     return num_bytes / (time.perf_counter() - start) / 1e9

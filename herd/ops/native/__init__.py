@@ -129,8 +129,11 @@ class Kernels:
 
 
 def default_threads() -> int:
-    """The cores that this process may run on: its affinity, and the quota of its cgroup where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may run on: its affinity, two threads of one core counted once, and its cgroup's quota if it has one."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list") for i in os.sched_getaffinity(0)]
+    cores = len({file.read_text() if file.is_file() else str(file) for file in siblings})
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
         limit, period = quota.read_text().split()
