@@ -1,6 +1,10 @@
 """The native kernels against the plain definitions, on every instruction set that this machine has."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +130,41 @@ def test_a_path_that_is_not_there_is_refused(native: Kernels) -> None:
         native.use_path("neon")
     with pytest.raises(UsageError, match="0"):
         native.use_threads(0)
+
+
+SWITCHED = """
+import sys, torch
+from herd.errors import HerdError
+from herd.ops.native import kernels
+from herd.ops.pick import blocks_linear
+from tests.ops.test_native import KINDS, random_blocks
+try:
+    native = kernels()
+except HerdError as error:
+    sys.exit(error.message)
+x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+torch.save([blocks_linear(x, random_blocks(kind, 24, 256)) for kind in KINDS], sys.argv[1])
+print(native and native.path)
+"""
+
+
+@pytest.mark.parametrize("wish", ["off", "portable", "avx2", "neon"])
+def test_the_environment_chooses_the_path(native: Kernels, wish: str, tmp_path: Path) -> None:
+    """As on a machine without AVX2, or without the kernels: the same numbers by the portable or the plain road."""
+    if wish == "avx2" and "avx2" not in paths(native):
+        pytest.skip("this machine has no AVX2")
+    environment = os.environ | {"HERD_NATIVE": wish, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SWITCHED, str(tmp_path / "found.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=120)
+    if wish == "neon":
+        assert done.returncode == 1 and "'neon'" in done.stderr and "Traceback" not in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("None" if wish == "off" else wish)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    for found, kind in zip(torch.load(tmp_path / "found.pt"), KINDS, strict=True):
+        want = native.product(x, random_blocks(kind, 24, 256))
+        if wish == "off":
+            torch.testing.assert_close(found, want, rtol=1e-5, atol=2e-5 * float(want.abs().max()))
+        else:
+            assert torch.equal(found, want)
