@@ -233,6 +233,8 @@ HERD_VNNI void tile_vnni(const Blocks& w, int64_t row_block, const Rounded& x, i
   const int per_block = w.group / kGroup;
   const int64_t codes_bytes = w.codes_bytes(), block_bytes = w.block_bytes();
   const uint8_t* block = w.data + row_block * next;
+  // two rows of blocks are read side by side, so what comes next lies whole pairs ahead
+  const int64_t ahead_bytes = V::kBlocks == 1 ? kAhead : (kAhead + 2 * next - 1) / (2 * next) * 2 * next;
   typename V::Float acc[T];
   for (int t = 0; t < T; ++t) acc[t] = V::set(0.0f);
   const int8_t* q0 = x.codes;
@@ -240,7 +242,7 @@ HERD_VNNI void tile_vnni(const Blocks& w, int64_t row_block, const Rounded& x, i
   const int32_t* totals = x.totals;
   for (int64_t g = 0; g < groups; block += block_bytes) {
     for (int i = 0; i < V::kBlocks; ++i)
-      for (int64_t ahead = kAhead; ahead < kAhead + block_bytes; ahead += 64)
+      for (int64_t ahead = ahead_bytes; ahead < ahead_bytes + block_bytes; ahead += 64)
         _mm_prefetch(reinterpret_cast<const char*>(block + i * next + ahead), _MM_HINT_T1);
     const typename V::Float scale = V::halves(block + codes_bytes, next);
     typename V::Float minimum = V::set(0.0f);
