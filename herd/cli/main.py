@@ -16,7 +16,7 @@ VERBS = {
     "bench": "tokens per second, and the share of what the machine can do",
     "inspect": "layers, parameters, memory at each context, will it fit here",
     "convert": "from any checkpoint to herd, Hugging Face, Meta or GGUF",
-    "quantize": "into int4: a quarter of the size",
+    "quantize": "into int4, a quarter of the size, or fp8, half",
     "pull": "fetch the default model",
 }
 

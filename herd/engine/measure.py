@@ -28,6 +28,9 @@ class Speed:
 
 def measure(engine: Engine, *, prefill: int, decode: int, batch: int, rounds: int) -> Speed:
     """Run random prompts through the engine's own steps. Raises `UsageError` when they do not fit it."""
+    for name, value, least in (("prefill", prefill, 1), ("decode", decode, 2), ("batch", batch, 1), ("rounds", rounds, 1)):
+        if value < least:
+            raise UsageError(f"{name} is {value}; it must be at least {least}", f"raise --{name}", param=name)
     if prefill + decode > engine.context_tokens:
         raise UsageError(f"{prefill} + {decode} tokens are more than the engine's context of {engine.context_tokens:,}", "lower one")
     if batch > engine.config.max_sequences:

@@ -11,11 +11,13 @@ from herd.chat import Sampling
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
 from herd.engine.sequence import Sequence
+from herd.errors import HerdError
 from herd.model.config import ModelConfig
 from herd.model.init import init_weights
 from herd.model.llama4 import Llama4, build
 from herd.model.presets import TINY
 from herd.model.swap import hold_blocks
+from herd.ops.int4 import kind_of
 from herd.ops.native import kernels
 from herd.ops.pick import blocks_linear
 from herd.quant.int4 import quantize_int4, quantize_int8
@@ -150,6 +152,20 @@ def test_a_tokens_logits_do_not_depend_on_its_batch(name: str) -> None:
         engine, sequences = start(model, [*others[:2], prompt, others[2]])
         found = logits_of(engine, sequences, random.Random(seed))[sequences[2]]
         assert len(found) == len(want) and all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["layers.0.attention.q.weight", "layers.3.attention.v.weight", "layers.1.ffn.experts.up"])
+def test_a_broken_weight_ends_in_an_error_and_not_in_text(name: str, kv: str) -> None:
+    """A scale that is NaN reaches the logits through every layer and kind of page."""
+    model = blocks_model(FAMILY["scout"])
+    blocks = model.state_dict()[name]
+    kind = kind_of(blocks)
+    blocks[..., kind.code_bytes : kind.code_bytes + 16] = torch.full((8,), torch.nan, dtype=torch.float16).view(torch.uint8)
+    engine, (sequence,) = start(model, [[1, 2, 3]], kv=kv)
+    engine.scheduler.add(sequence)
+    with pytest.raises(HerdError, match="NaN"):
+        engine.step()
 
 
 def test_batches_of_the_head_are_the_same_bits() -> None:

@@ -113,6 +113,21 @@ def test_the_error_is_that_of_rounding_the_activations(native: Kernels, bits: in
     assert error.max() > 0.05 * bound.min(), "the bound says something"
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_does_not_become_one(native: Kernels, wrong: float, bits: int) -> None:
+    """One NaN or infinity makes its row NaN on every path, as in the definition, and no other row."""
+    blocks = random_blocks(Kind(4, 32, True), 24, 128)
+    x = torch.randn(5, 128)
+    want = native.product(x, blocks, bits=bits)
+    x[2, 70] = wrong
+    assert blocks_linear_plain(x, blocks, bits)[2].isnan().all()
+    for _ in paths(native):
+        found = native.product(x, blocks, bits=bits)
+        assert found[2].isnan().all()
+        assert torch.equal(found[[0, 1, 3, 4]], want[[0, 1, 3, 4]])
+
+
 def test_many_threads_may_call_at_once(native: Kernels) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from herd.errors import UsageError
+from herd.errors import ResourceError, UsageError
 from herd.log import log
 from herd.ops.int4 import kind_of
 from herd.ops.native import tables
@@ -53,12 +53,14 @@ class Kernels:
     def use_path(self, path: str) -> None:
         """Hold to an instruction set. Raises `UsageError` if the machine lacks it."""
         if self._library.herd_use_path(path.encode()):
-            raise UsageError(f"this machine cannot run the native kernels on {path!r}", f"there are: {', '.join(_PATHS)}")
+            raise UsageError(f"this machine cannot run the native kernels on {path!r}", f"there are: {', '.join(_PATHS)}, and off")
 
     def use_threads(self, count: int) -> None:
         """How many threads a product uses, the caller's included."""
-        if self._library.herd_use_threads(count):
+        if not 1 <= count <= 1024:
             raise UsageError(f"threads is {count}; it must lie between 1 and 1024", param="threads")
+        if self._library.herd_use_threads(count):
+            raise ResourceError(f"the system gives this process no {count} threads", "lower --threads, or raise its limits")
 
     def round(self, x: Tensor, bits: int = 16) -> tuple[Tensor, Tensor]:
         """`herd.ops.int4.round_activations`: [T, K] float32 -> codes [T, K] int16, scales [T, K/32] float32."""
@@ -157,7 +159,12 @@ def kernels() -> Kernels | None:
     if not files:
         log.warning("herd's native kernels are not built, so 4-bit weights run slowly; install a C++ compiler and herd again")
         return None
-    loaded = Kernels(files[0])
+    try:
+        loaded = Kernels(files[0])
+    except (OSError, AttributeError) as error:
+        raise UsageError(
+            f"{files[0]} holds no native kernels of this herd: {error}", "install herd again, or unset HERD_NATIVE_LIBRARY"
+        ) from error
     if wish:
         loaded.use_path(wish)
     return loaded

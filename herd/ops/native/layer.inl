@@ -44,7 +44,7 @@ HERD_TARGET inline float dot(const float* a, const float* b, int64_t n) {  // n 
 
 // e^x to 2 units in the last place for x <= 0; next to nothing below -87. Source: Cephes expf.
 HERD_TARGET inline f8 exp_down(f8 x) {
-  x = larger(x, all(-87.0f));
+  x = x < -87.0f ? all(-87.0f) : x;  // NaN stays NaN
   const i8 n = __builtin_convertvector(fma(x, all(1.44269504f), all(-0.5f)), i8);
   const f8 whole = __builtin_convertvector(n, f8);
   const f8 r = fma(whole, all(2.12194440e-4f), fma(whole, all(-0.693359375f), x));
@@ -131,11 +131,11 @@ HERD_TARGET inline void write_slot(const float* x, int64_t head_width, void* dat
       out[i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
     }
   } else {
-    float most = 0;
-    for (int64_t i = 0; i < head_width; ++i) most = std::max(most, std::fabs(x[i]));
-    const float scale = most / 127.0f, inverse = std::isfinite(1.0f / scale) ? 1.0f / scale : 0.0f;
+    float most = 0, nothing = 0;
+    for (int64_t i = 0; i < head_width; ++i) most = std::max(most, std::fabs(x[i])), nothing += x[i] * 0.0f;
+    const float scale = most / 127.0f + nothing, inverse = std::isfinite(1.0f / scale) ? 1.0f / scale : 0.0f;
     int8_t* out = static_cast<int8_t*>(data) + at;
-    for (int64_t i = 0; i < head_width; ++i) out[i] = int8_t(std::nearbyint(x[i] * inverse));
+    for (int64_t i = 0; i < head_width; ++i) out[i] = std::isnan(scale) ? int8_t(0) : int8_t(std::nearbyint(x[i] * inverse));
     scales[head] = scale;
   }
 }

@@ -25,6 +25,7 @@ using namespace herd;
 enum Path { kPortable, kAvx2, kVnni };
 constexpr int64_t kKeys = 16;               // keys of a block of attention; a head is a multiple of this wide
 constexpr int64_t kPrefetchKeys = 64;       // how far ahead of their use keys are fetched
+constexpr int64_t kQueries = 32;            // neighbouring tokens of a sequence that attend together
 constexpr int64_t kSpan = 256;             // keys that are summed up by themselves before spans are joined
 constexpr int64_t kMostHeadWidth = 512;
 constexpr int64_t kMostQueriesPerKey = 64;  // query heads of one key/value head
@@ -128,13 +129,14 @@ struct Place {
   int32_t* total;
 };
 
+// What is not finite makes the scale NaN, and so every sum that it enters: it must not look like a number further on.
 void round_group_portable(const float* x, int parts, const Place& out) {
-  float largest = 0;
-  for (int c = 0; c < kGroup; ++c) largest = std::max(largest, std::fabs(x[c]));
-  const float step = largest / float(kLargest[parts]), inverse = std::isfinite(1.0f / step) ? 1.0f / step : 0.0f;
+  float largest = 0, nothing = 0;
+  for (int c = 0; c < kGroup; ++c) largest = std::max(largest, std::fabs(x[c])), nothing += x[c] * 0.0f;
+  const float step = largest / float(kLargest[parts]) + nothing, inverse = std::isfinite(1.0f / step) ? 1.0f / step : 0.0f;
   int32_t total = 0;
   for (int c = 0; c < kGroup; ++c) {
-    const float q = std::nearbyint(x[c] * inverse), high = std::nearbyint(q * (1.0f / kRadix));
+    const float q = std::isnan(step) ? 0.0f : std::nearbyint(x[c] * inverse), high = std::nearbyint(q * (1.0f / kRadix));
     out.codes[c] = int8_t(parts == 1 ? q : high);
     if (parts == 2) out.codes[kTile * kGroup + c] = int8_t(q - high * kRadix);
     total += int32_t(q);
@@ -146,15 +148,17 @@ void round_group_portable(const float* x, int parts, const Place& out) {
 HERD_AVX2 void round_group_avx2(const float* x, int parts, const Place& out) {
   __m256 v[4];
   const __m256 sign = _mm256_set1_ps(-0.0f);
-  __m256 most = _mm256_setzero_ps();
+  __m256 most = _mm256_setzero_ps(), nothing = most;
   for (int i = 0; i < 4; ++i) {
     v[i] = _mm256_loadu_ps(x + 8 * i);
     most = _mm256_max_ps(most, _mm256_andnot_ps(sign, v[i]));
+    nothing = _mm256_fmadd_ps(v[i], _mm256_setzero_ps(), nothing);
   }
+  const bool is_finite = _mm256_movemask_ps(_mm256_cmp_ps(nothing, nothing, _CMP_UNORD_Q)) == 0;
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   half = _mm_max_ss(half, _mm_shuffle_ps(half, half, 1));
-  const float step = _mm_cvtss_f32(half) / float(kLargest[parts]), inverse = std::isfinite(1.0f / step) ? 1.0f / step : 0.0f;
+  const float step = is_finite ? _mm_cvtss_f32(half) / float(kLargest[parts]) : NAN, inverse = std::isfinite(1.0f / step) ? 1.0f / step : 0.0f;
   const __m256 times = _mm256_set1_ps(inverse), part = _mm256_set1_ps(1.0f / kRadix);
   __m256i q[4], high[4], low[4];
   for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], times));

@@ -80,7 +80,7 @@ const Floats& floats(Path path) {
 
 Blocks blocks_of(const HerdMatrix& m) { return {m.data, m.rows, m.columns, m.group, m.bits, m.has_minimum != 0}; }
 
-// Up to 8 neighbouring tokens of one sequence, which attend together.
+// Up to kQueries neighbouring tokens of one sequence, which attend together.
 struct QueryTile {
   int64_t token, count;
   const int64_t* slots;  // of the keys, oldest first
@@ -105,8 +105,8 @@ struct Sight {
       const int64_t* own = slots.data() + slots.size();  // it was reserved, so it stays
       for (int64_t j = 0; j < length; ++j) slots.push_back(pages[j / S] * kv_heads * S + j % S);
       write.insert(write.end(), own + old, own + length);
-      for (int64_t j = 0; j < step.counts[b]; j += kTile)
-        tiles.push_back({t + j, std::min<int64_t>(kTile, step.counts[b] - j), own, old + j + 1});
+      for (int64_t j = 0; j < step.counts[b]; j += kQueries)
+        tiles.push_back({t + j, std::min(kQueries, step.counts[b] - j), own, old + j + 1});
     }
   }
 };
@@ -133,7 +133,7 @@ class Step {
     for (int i = 0; i < 9; ++i) *buffers[i] = at, at += sizes[i];
     m.inputs.hold(T, std::max(D, H * K), parts);
     m.hidden.hold(T, F, parts);
-    const int64_t rows = kTile * (H / G);
+    const int64_t rows = kQueries * (H / G);
     m.hold_scratch(rows * (3 * K + kKeys) + 2 * kKeys * K + 2 * rows * int64_t(sizeof(SoftmaxRow) / sizeof(float)));
   }
 
@@ -272,7 +272,7 @@ class Step {
   struct Rows {
     Rows(Step& s, const QueryTile& tile, int64_t g, int worker)
         : s(s), tile(tile), g(g), each(s.H / s.G), count(tile.count * each) {
-      const int64_t rows = kTile * each;
+      const int64_t rows = kQueries * each;
       q = s.m.scratch[size_t(worker)].data();
       acc = q + rows * s.K, later_acc = acc + rows * s.K;
       state = reinterpret_cast<SoftmaxRow*>(later_acc + rows * s.K), later = state + rows;
@@ -297,7 +297,7 @@ class Step {
     const int64_t g, each, count;
     float *q, *acc, *later_acc, *rest;
     SoftmaxRow *state, *later;
-    int64_t visible[kTile * kMostQueriesPerKey];
+    int64_t visible[kQueries * kMostQueriesPerKey];
   };
 
   // From `normed`, rounded in `inputs`, to `added`.
