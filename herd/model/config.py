@@ -4,12 +4,14 @@ A layer is **local** (attention inside a chunk, with RoPE) or **global** (full a
 in herd counts layers. Source of the numbers: the released config.json and params.json files, and Meta's `llama_models/llama4`.
 """
 
+import math
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Any
 
 from herd.errors import CheckpointError, nearest
 
+MOST_TOKENS = 1 << 40  # positions that herd counts to
 _ALLOWED: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,), int | None: (int, NoneType)}
 
 
@@ -111,9 +113,27 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("width", "num_layers", "num_heads", "num_kv_heads", "head_width", "vocab_size", "moe_step"):
+        for name in (
+            "width",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_width",
+            "vocab_size",
+            "moe_step",
+            "temperature_floor",
+            "context_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"model config has {name} = {getattr(self, name)}; it must be at least 1")
+        for name in ("global_step", "chunk_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise CheckpointError(f"model config has {name} = {getattr(self, name)}; it must be at least 1, or null")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise CheckpointError(f"model config has {name} = {getattr(self, name)}; it must be a positive number")
+        if self.context_tokens > MOST_TOKENS:
+            raise CheckpointError(f"model config has context_tokens = {self.context_tokens:,}; herd counts to {MOST_TOKENS:,}")
         if self.num_layers > 10_000:
             raise CheckpointError(f"model config has num_layers = {self.num_layers}; herd builds at most 10,000")
         if self.num_heads % self.num_kv_heads:

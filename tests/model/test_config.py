@@ -71,6 +71,12 @@ def test_unknown_key_like_no_other_has_no_hint() -> None:
     ("change", "said"),
     [
         ({"width": 0}, "width = 0"),
+        ({"chunk_tokens": 0}, "chunk_tokens = 0"),
+        ({"global_step": 0}, "global_step = 0"),
+        ({"temperature_floor": 0}, "temperature_floor = 0"),
+        ({"norm_eps": -1.0}, "norm_eps = -1.0"),
+        ({"rope_theta": float("nan")}, "rope_theta = nan"),
+        ({"context_tokens": 10**15}, "context_tokens = 1,000"),
         ({"num_layers": 0}, "num_layers = 0"),
         ({"num_kv_heads": 0}, "num_kv_heads = 0"),
         ({"vocab_size": -1}, "vocab_size = -1"),
