@@ -1,6 +1,7 @@
 """The engine: requests in, events out, one step at a time. Synchronous, and owned by one thread."""
 
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -8,6 +9,7 @@ from herd.chat import ChatEvent, Sampling
 from herd.engine.config import EngineConfig
 from herd.engine.inputs import build_inputs
 from herd.engine.pages import Pages
+from herd.engine.prefix import Chain, Placed
 from herd.engine.runner import Runner
 from herd.engine.sampler import Sampler
 from herd.engine.scheduler import Scheduler
@@ -28,7 +30,7 @@ class Engine:
         weight = model.norm.weight
         self.model, self.tokenizer, self.config = model.config, tokenizer, config
         self.pages = Pages(self.model, config, dtype=weight.dtype, device=weight.device)
-        self.scheduler = Scheduler(self.model, config, self.pages)
+        self.scheduler = Scheduler(config, self.pages)
         self.runner = Runner(model, self.pages)
         self.threads = config.threads or default_threads()
         self.activation_bits = activation_bits(model)
@@ -41,8 +43,11 @@ class Engine:
         """The longest sequence, prompt and reply together."""
         return self.pages.capacity.context_tokens
 
-    def sequence(self, prompt: Prompt, sampling: Sampling, emit: Emit) -> Sequence:
-        """Make a sequence that is sure to fit. Raises `ContextError` or `PromptError` with the numbers. Safe from any thread."""
+    def sequence(self, prompt: Prompt, sampling: Sampling, emit: Emit, salt: bytes = b"") -> Sequence:
+        """Make a sequence that is sure to fit. Raises `ContextError` or `PromptError` with the numbers. Safe from any thread.
+
+        salt: only sequences with the same one share what they have computed.
+        """
         length, room = len(prompt.tokens), self.context_tokens
         if not length:
             raise PromptError("the prompt is empty", "give at least one token")
@@ -64,10 +69,15 @@ class Engine:
                 param="max_tokens",
             )
         patches = [i for i, token in enumerate(prompt.tokens) if token == self.model.patch_id]
+        if prompt.images and self.model.vision is None:
+            raise PromptError("this model reads no images", "send text alone, or choose a model with vision")
         tokens_per_tile = self.model.vision.tokens_per_tile if self.model.vision else 0
-        num_features = sum(len(tiles.pixels) for tiles in prompt.images) * tokens_per_tile
+        ends = list(accumulate((len(tiles.pixels) * tokens_per_tile for tiles in prompt.images), initial=0))
+        num_features = ends[-1]
         if len(patches) != num_features:
             raise PromptError(f"the prompt has {len(patches)} patch tokens and its images give {num_features} features")
+        spans = zip(pairwise(ends), prompt.images, strict=True)
+        images = [Placed(patches[first], patches[end - 1], tiles) for (first, end), tiles in spans]
         return Sequence(
             prompt=prompt,
             sampler=Sampler(self.advised(sampling)),
@@ -75,6 +85,7 @@ class Engine:
             stop_ids=frozenset() if sampling.ignore_eos else frozenset(self.model.stop_ids),
             max_reply=wanted or room - length,
             patches=patches,
+            chain=Chain(page_tokens=self.config.page_tokens, salt=salt, images=images),
             emit=emit,
         )
 

@@ -45,8 +45,11 @@ def make_engine(tiny: Model, **choices: int | float) -> Engine:
 
 
 def is_clean(engine: Engine) -> bool:
-    pages = engine.pages
-    return all(len(pool.free) == pool.num_pages and len(set(pool.free)) == pool.num_pages for pool in (pages.full, pages.local))
+    """Whether nobody holds a page, and every page is either free or kept."""
+    pools = (engine.pages.full, engine.pages.local)
+    return all(
+        not any(pool.holders) and len({*pool.free, *pool.kept}) == len(pool.free) + len(pool.kept) == pool.num_pages for pool in pools
+    )
 
 
 def shrink(engine: Engine, full: int, local: int) -> None:

@@ -1,6 +1,5 @@
 """How much memory a served model takes, and that its weights are shared between processes: read from /proc of processes that hold one."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,7 +69,7 @@ def test_a_model_takes_its_file_and_little_more(holders: list[tuple[int, int]]) 
 def test_weights_are_shared_between_processes(holders: list[tuple[int, int]]) -> None:
     """Of what both have mapped of the file each counts as half: one copy is in memory."""
     for pid, _ in holders:
-        weights = sizes(pid, os.sep.join(("models", "cria", "model.safetensors")))
+        weights = sizes(pid, str(Path("models", "cria", "model.safetensors")))
         assert weights["Rss"] > 0.9 * (home() / "models" / "cria" / "model.safetensors").stat().st_size
         assert weights["Pss"] <= 0.55 * weights["Rss"]
         assert weights["Private_Dirty"] == 0, "no page was written, and so copied"
