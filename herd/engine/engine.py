@@ -1,5 +1,7 @@
 """The engine: requests in, events out, one step at a time. Synchronous, and owned by one thread."""
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -26,12 +28,14 @@ from herd.text.tokenizer import Tokenizer
 class Engine:
     """Continuous batching over one model."""
 
-    def __init__(self, model: Llama4, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def __init__(self, model: Llama4, tokenizer: Tokenizer, config: EngineConfig, clock: Callable[[], float] = time.perf_counter) -> None:
+        """clock: seconds, from anywhere."""
         weight = model.norm.weight
         self.model, self.tokenizer, self.config = model.config, tokenizer, config
         self.pages = Pages(self.model, config, dtype=weight.dtype, device=weight.device)
         self.scheduler = Scheduler(config, self.pages)
         self.runner = Runner(model, self.pages)
+        self.clock = clock
         self.threads = config.threads or default_threads()
         self.activation_bits = activation_bits(model)
         native = kernels()
@@ -100,6 +104,8 @@ class Engine:
         """Compute one batch; the events that it gave, for whom."""
         plan = self.scheduler.next()
         self.runner.see(plan)
+        started = self.clock()
         logits = self.runner(build_inputs(plan, self.pages, self.model))
         tokens = [sequence.sampler(row) for sequence, row in zip(plan.due, logits, strict=True)]
+        self.scheduler.learn(plan, self.clock() - started)
         return self.scheduler.accept(plan, tokens)

@@ -219,16 +219,19 @@ class Pages:
         """Record that the next tokens up to `stop`, all in one chunk, are computed for good."""
         start, sequence.num_computed = sequence.num_computed, stop
         sequence.num_reached = max(sequence.num_reached, stop)
-        if not self.keeps:
-            return
         size = self.page_tokens
         origin = self.chunk_start(start) // size
-        for page in range(start // size, stop // size):
-            key = sequence.chain.key(sequence.tokens, page)
+        for page, key in enumerate(self.keys(sequence, start, stop // size * size), start // size):
             if self.has_full:
                 self.full.register(sequence.full_table[page], key)
             if self.has_local:
                 self.local.register(sequence.local_table[page - origin], key)
+
+    def keys(self, sequence: Sequence, start: int, stop: int) -> list[bytes]:
+        """Keys of the pages in which tokens [start, stop) lie, of those that the sequence's tokens fill; none where nothing is kept."""
+        size = self.page_tokens
+        last = min(-(-stop // size), len(sequence.tokens) // size) if self.keeps else 0
+        return [sequence.chain.key(sequence.tokens, page) for page in range(start // size, last)]
 
     def release(self, sequence: Sequence) -> None:
         """Take all pages from a sequence; what is registered of them can be taken over again."""

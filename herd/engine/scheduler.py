@@ -1,4 +1,7 @@
-"""Who is computed next. Decoding sequences first, one token each; prefill gets the rest of the step, in order of arrival.
+"""Who is computed next. Decoding sequences first, one token each; prompts get the rest of the step, or what the pace allows.
+
+Of several prompts the one that arrived first gets half, and the others the rest, the shortest first: a long prompt holds up no short one,
+and short ones do not starve it. A prompt whose next page is being computed for another waits for it.
 
 Pages are taken when a piece is planned, and before that taken over where another sequence has computed the same. When they run out, the
 sequence that arrived last gives its own up and goes back to the queue. Its tokens are kept, and of its pages those that nobody needed
@@ -11,6 +14,7 @@ from dataclasses import dataclass, field
 
 from herd.chat import ChatEvent
 from herd.engine.config import EngineConfig
+from herd.engine.pace import Pace
 from herd.engine.pages import Pages
 from herd.engine.sequence import Sequence
 
@@ -28,17 +32,27 @@ class Piece:
         """Whether the last token is the sequence's last, so that its logits give the next one."""
         return self.stop == len(self.sequence.tokens)
 
+    @property
+    def is_decoding(self) -> bool:
+        return self.is_due and self.stop - self.start == 1
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The work of one step."""
 
     pieces: list[Piece] = field(default_factory=list)
+    under_way: set[bytes] = field(default_factory=set)  # keys of the pages that it computes for prompts
 
     @property
     def due(self) -> list[Sequence]:
         """Sequences that get a token from this step, in packed order."""
         return [piece.sequence for piece in self.pieces if piece.is_due]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of sequences that do not decode yet."""
+        return sum(piece.stop - piece.start for piece in self.pieces if not piece.is_decoding)
 
 
 class Scheduler:
@@ -46,6 +60,7 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, pages: Pages) -> None:
         self.config, self.pages = config, pages
+        self.pace = Pace(config.pace)
         self.num_hits = 0  # tokens that were taken over
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
@@ -68,14 +83,20 @@ class Scheduler:
     def next(self) -> Plan:
         """Plan a step. Empty only when idle."""
         plan = Plan()
-        budget = self.config.step_tokens
-        decoding = [s for s in self.running if s.num_waiting == 1]
-        prefilling = [s for s in self.running if s.num_waiting > 1]
-        for sequence in decoding + prefilling:
-            if sequence in self.running and budget:  # it may have been put back to make room
-                budget -= self._plan(plan, sequence, budget)
-        while self.waiting and budget and len(self.running) < self.config.max_sequences and self._admit(self.waiting[0]):
-            budget -= self._plan(plan, self.running[-1], budget)
+        left = self.config.step_tokens
+        while self.waiting and len(self.running) < self.config.max_sequences and self._admit(self.waiting[0]):
+            pass
+        for sequence in [s for s in self.running if s.num_waiting == 1]:
+            left -= self._plan(plan, sequence, left)
+        if plan.pieces:
+            left = self.pace.prompt_tokens(left)
+        prompts = [s for s in self.running if s.num_waiting > 1]
+        others = sorted(prompts[1:], key=lambda s: s.num_waiting)
+        kept_back = min(left // 2, sum(s.num_waiting for s in others))
+        for sequence in prompts[:1]:
+            left -= self._plan(plan, sequence, left - kept_back)
+        for sequence in others:
+            left -= self._plan(plan, sequence, left)
         return plan
 
     def accept(self, plan: Plan, tokens: list[int]) -> list[tuple[Sequence, ChatEvent]]:
@@ -89,14 +110,23 @@ class Scheduler:
                 self.remove(sequence)
         return events
 
+    def learn(self, plan: Plan, seconds: float) -> None:
+        """Take note of how long the computation of `plan` took."""
+        self.pace.saw(any(piece.is_decoding for piece in plan.pieces), plan.prompt_tokens, seconds)
+
     def _plan(self, plan: Plan, sequence: Sequence, budget: int) -> int:
-        """Add the next piece of `sequence` to the plan and give it pages; returns its tokens, 0 if it had to go back itself."""
+        """Add the next piece of `sequence` to the plan and give it pages; returns its tokens, 0 where it cannot go on."""
+        if sequence not in self.running or not budget:  # it may have given way
+            return 0
         if sequence.num_waiting > 1:
             self._count(sequence, self.pages.reuse(sequence))
         start = sequence.num_computed
         stop = min(len(sequence.tokens), start + budget)
         if self.pages.chunk_tokens:
             stop = min(stop, self.pages.chunk_start(start) + self.pages.chunk_tokens)
+        keys = self.pages.keys(sequence, start, stop) if sequence.num_waiting > 1 else []
+        if keys and keys[0] in plan.under_way:
+            return 0
         while not self.pages.grow(sequence, stop):
             victim = self.running.pop()
             self.pages.release(victim)
@@ -105,6 +135,7 @@ class Scheduler:
             if victim is sequence:
                 return 0
         plan.pieces.append(Piece(sequence, start, stop))
+        plan.under_way.update(keys)
         return stop - start
 
     def _admit(self, sequence: Sequence) -> bool:
