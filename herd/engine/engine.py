@@ -10,6 +10,7 @@ import torch
 from herd.chat import ChatEvent, Sampling
 from herd.engine.config import EngineConfig
 from herd.engine.inputs import build_inputs
+from herd.engine.lookup import Lookup
 from herd.engine.pages import Pages
 from herd.engine.prefix import Chain, Placed
 from herd.engine.runner import Runner
@@ -89,6 +90,7 @@ class Engine:
             stop_ids=frozenset() if sampling.ignore_eos else frozenset(self.model.stop_ids),
             max_reply=wanted or room - length,
             patches=patches,
+            lookup=Lookup(self.config.draft_tokens),
             chain=Chain(page_tokens=self.config.page_tokens, salt=salt, images=images),
             emit=emit,
         )
@@ -106,6 +108,7 @@ class Engine:
         self.runner.see(plan)
         started = self.clock()
         logits = self.runner(build_inputs(plan, self.pages, self.model))
-        tokens = [sequence.sampler(row) for sequence, row in zip(plan.due, logits, strict=True)]
+        rows = logits.split([piece.num_rows for piece in plan.due])
+        tokens = [piece.sequence.sampler.draw(each, piece.drafts) for piece, each in zip(plan.due, rows, strict=True)]
         self.scheduler.learn(plan, self.clock() - started)
         return self.scheduler.accept(plan, tokens)

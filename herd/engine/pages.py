@@ -170,8 +170,6 @@ class Pages:
 
     def grow(self, sequence: Sequence, stop: int) -> bool:
         """Make the tables hold tokens up to `stop`, in the chunk of the next to compute; False, with nothing taken, where room lacks."""
-        if sequence.num_computed == self.chunk_start(sequence.num_computed):  # no later token of a local layer looks back across
-            self.local.give_back(sequence.local_table)
         full, local = self.lacking(sequence, stop)
         if full > self.full.room or local > self.local.room:
             return False
@@ -226,6 +224,8 @@ class Pages:
                 self.full.register(sequence.full_table[page], key)
             if self.has_local:
                 self.local.register(sequence.local_table[page - origin], key)
+        if stop == self.chunk_start(stop):  # no later token of a local layer looks back across this border
+            self.local.give_back(sequence.local_table)
 
     def keys(self, sequence: Sequence, start: int, stop: int) -> list[bytes]:
         """Keys of the pages in which tokens [start, stop) lie, of those that the sequence's tokens fill; none where nothing is kept."""

@@ -10,6 +10,7 @@ since a sequence that could never fit is refused at the door, every sequence end
 """
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from herd.chat import ChatEvent
@@ -21,20 +22,21 @@ from herd.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens [start, stop) of a sequence, all within one chunk."""
+    """Tokens [start, stop) of a sequence, all within one chunk. The last may be drafts, which are not the sequence's yet."""
 
     sequence: Sequence
     start: int
     stop: int
+    num_rows: int  # of the last tokens that give logits: none, or the sequence's last and all drafts
+    drafts: Collection[int] = ()
 
     @property
-    def is_due(self) -> bool:
-        """Whether the last token is the sequence's last, so that its logits give the next one."""
-        return self.stop == len(self.sequence.tokens)
+    def tokens(self) -> list[int]:
+        return [*self.sequence.tokens[self.start : self.stop], *self.drafts]
 
     @property
     def is_decoding(self) -> bool:
-        return self.is_due and self.stop - self.start == 1
+        return self.num_rows == self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +47,9 @@ class Plan:
     under_way: set[bytes] = field(default_factory=set)  # keys of the pages that it computes for prompts
 
     @property
-    def due(self) -> list[Sequence]:
-        """Sequences that get a token from this step, in packed order."""
-        return [piece.sequence for piece in self.pieces if piece.is_due]
+    def due(self) -> list[Piece]:
+        """The pieces that give their sequences tokens, in packed order."""
+        return [piece for piece in self.pieces if piece.num_rows]
 
     @property
     def prompt_tokens(self) -> int:
@@ -62,6 +64,7 @@ class Scheduler:
         self.config, self.pages = config, pages
         self.pace = Pace(config.pace)
         self.num_hits = 0  # tokens that were taken over
+        self.num_drafted = self.num_accepted = 0  # tokens that were guessed, and those that were right
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
 
@@ -86,8 +89,9 @@ class Scheduler:
         left = self.config.step_tokens
         while self.waiting and len(self.running) < self.config.max_sequences and self._admit(self.waiting[0]):
             pass
-        for sequence in [s for s in self.running if s.num_waiting == 1]:
-            left -= self._plan(plan, sequence, left)
+        decoding = [s for s in self.running if s.num_waiting == 1]
+        for others_left, sequence in zip(reversed(range(len(decoding))), decoding, strict=True):
+            left -= self._plan(plan, sequence, max(min(left, 1), left - others_left))
         if plan.pieces:
             left = self.pace.prompt_tokens(left)
         prompts = [s for s in self.running if s.num_waiting > 1]
@@ -99,13 +103,22 @@ class Scheduler:
             left -= self._plan(plan, sequence, left)
         return plan
 
-    def accept(self, plan: Plan, tokens: list[int]) -> list[tuple[Sequence, ChatEvent]]:
-        """Record that `plan` was computed and that its due sequences drew `tokens`; say what their readers get."""
+    def accept(self, plan: Plan, tokens: list[list[int]]) -> list[tuple[Sequence, ChatEvent]]:
+        """Record that `plan` was computed and that its due pieces drew `tokens`, one or more each; say what readers get."""
         for piece in plan.pieces:
-            self.pages.computed(piece.sequence, piece.stop)
+            if not piece.num_rows:
+                self.pages.computed(piece.sequence, piece.stop)
         events = []
-        for sequence, token in zip(plan.due, tokens, strict=True):
-            events += [(sequence, event) for event in sequence.accept(token)]
+        for piece, drawn in zip(plan.due, tokens, strict=True):
+            sequence = piece.sequence
+            for token in drawn:
+                events += [(sequence, event) for event in sequence.accept(token)]
+                if sequence.finish:
+                    break
+            self.pages.computed(sequence, len(sequence.tokens) - 1)  # drafts that were wrong are written over by what comes
+            self.num_drafted += len(piece.drafts)
+            self.num_accepted += len(drawn) - 1
+            sequence.lookup.learn(len(piece.drafts), len(drawn) - 1)
             if sequence.finish:
                 self.remove(sequence)
         return events
@@ -120,23 +133,32 @@ class Scheduler:
             return 0
         if sequence.num_waiting > 1:
             self._count(sequence, self.pages.reuse(sequence))
-        start = sequence.num_computed
-        stop = min(len(sequence.tokens), start + budget)
+        start, most = sequence.num_computed, budget
         if self.pages.chunk_tokens:
-            stop = min(stop, self.pages.chunk_start(start) + self.pages.chunk_tokens)
-        keys = self.pages.keys(sequence, start, stop) if sequence.num_waiting > 1 else []
-        if keys and keys[0] in plan.under_way:
-            return 0
-        while not self.pages.grow(sequence, stop):
+            most = min(budget, self.pages.chunk_start(start) + self.pages.chunk_tokens - start)
+        count = min(sequence.num_waiting, most)
+        keys: list[bytes] = []
+        drafts: list[int] = []
+        if sequence.num_waiting > 1:
+            keys = self.pages.keys(sequence, start, start + count)
+            if keys and keys[0] in plan.under_way:
+                return 0
+        else:
+            drafts = sequence.lookup.drafts(sequence.tokens, min(most, sequence.reply_left) - 1)
+            if not self.pages.grow(sequence, start + 1 + len(drafts)):
+                drafts = []  # nobody gives way to a guess
+        while not self.pages.grow(sequence, start + count):
             victim = self.running.pop()
             self.pages.release(victim)
             self.waiting.appendleft(victim)
             plan.pieces[:] = [piece for piece in plan.pieces if piece.sequence is not victim]
             if victim is sequence:
                 return 0
-        plan.pieces.append(Piece(sequence, start, stop))
+        is_due = count == sequence.num_waiting
+        count += len(drafts)
+        plan.pieces.append(Piece(sequence, start, start + count, is_due + len(drafts), drafts))
         plan.under_way.update(keys)
-        return stop - start
+        return count
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let the first of the queue run if the rest of it would fit now, beside what the running lack; less would make others give way."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from herd.chat import ChatEvent, Done, FinishReason, Text, Usage
+from herd.engine.lookup import Lookup
 from herd.engine.prefix import Chain
 from herd.engine.sampler import Sampler
 from herd.errors import HerdError
@@ -27,6 +28,7 @@ class Sequence:
     max_reply: int  # tokens the reply may have
     patches: list[int]  # positions of `<|patch|>` in the prompt, ascending
     chain: Chain  # what its pages hold, as keys
+    lookup: Lookup  # guesses at what the reply goes on with
     emit: Emit  # receives events; an error is the last one
     tokens: list[int] = field(init=False)  # prompt and reply
     num_computed: int = 0  # tokens whose keys and values are in pages
@@ -46,6 +48,11 @@ class Sequence:
         return len(self.prompt.tokens)
 
     @property
+    def reply_left(self) -> int:
+        """Tokens that the reply may still get."""
+        return self.num_prompt + self.max_reply - len(self.tokens)
+
+    @property
     def num_waiting(self) -> int:
         """Tokens not yet computed: 1 while decoding."""
         return len(self.tokens) - self.num_computed
@@ -63,7 +70,7 @@ class Sequence:
             text = self.detokenizer.push(token)
             if self.detokenizer.stopped:
                 self.finish = "stop"
-            elif len(self.tokens) - self.num_prompt == self.max_reply:
+            elif not self.reply_left:
                 text, self.finish = text + self.detokenizer.finish(), "length"
         events: list[ChatEvent] = [Text(text=text)] if text else []
         if self.finish:
