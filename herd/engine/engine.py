@@ -108,7 +108,7 @@ class Engine:
         self.runner.see(plan)
         started = self.clock()
         logits = self.runner(build_inputs(plan, self.pages, self.model))
-        rows = logits.split([piece.num_rows for piece in plan.due])
+        rows = torch.split(logits, [piece.num_rows for piece in plan.due])
         tokens = [piece.sequence.sampler.draw(each, piece.drafts) for piece, each in zip(plan.due, rows, strict=True)]
         self.scheduler.learn(plan, self.clock() - started)
         return self.scheduler.accept(plan, tokens)

@@ -10,7 +10,6 @@ since a sequence that could never fit is refused at the door, every sequence end
 """
 
 from collections import deque
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from herd.chat import ChatEvent
@@ -28,7 +27,7 @@ class Piece:
     start: int
     stop: int
     num_rows: int  # of the last tokens that give logits: none, or the sequence's last and all drafts
-    drafts: Collection[int] = ()
+    drafts: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
