@@ -17,6 +17,7 @@ from herd.engine.runner import Runner
 from herd.engine.sampler import Sampler
 from herd.engine.scheduler import Scheduler
 from herd.engine.sequence import Emit, Sequence
+from herd.engine.stats import PoolStats, Stats, Watch
 from herd.errors import ContextError, PromptError
 from herd.model.llama4 import Llama4
 from herd.model.swap import activation_bits
@@ -36,7 +37,7 @@ class Engine:
         self.pages = Pages(self.model, config, dtype=weight.dtype, device=weight.device)
         self.scheduler = Scheduler(config, self.pages)
         self.runner = Runner(model, self.pages)
-        self.clock = clock
+        self.watch = Watch(clock)
         self.threads = config.threads or default_threads()
         self.activation_bits = activation_bits(model)
         native = kernels()
@@ -104,11 +105,31 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, ChatEvent]]:
         """Compute one batch; the events that it gave, for whom."""
+        self.watch.start()
         plan = self.scheduler.next()
+        self.watch.lap("plan")
         self.runner.see(plan)
-        started = self.clock()
+        self.watch.lap("see")
         logits = self.runner(build_inputs(plan, self.pages, self.model))
+        seconds = self.watch.lap("run")
         rows = torch.split(logits, [piece.num_rows for piece in plan.due])
         tokens = [piece.sequence.sampler.draw(each, piece.drafts) for piece, each in zip(plan.due, rows, strict=True)]
-        self.scheduler.learn(plan, self.clock() - started)
-        return self.scheduler.accept(plan, tokens)
+        self.scheduler.learn(plan, seconds + self.watch.lap("sample"))
+        events = self.scheduler.accept(plan, tokens)
+        self.watch.lap("accept")
+        return events
+
+    def stats(self) -> Stats:
+        """What it holds now and has done so far. Numbers may be a step apart when asked from another thread."""
+        scheduler = self.scheduler
+        return Stats(
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            full_pages=PoolStats.of(self.pages.full),
+            local_pages=PoolStats.of(self.pages.local),
+            hit_tokens=scheduler.num_hits,
+            drafted_tokens=scheduler.num_drafted,
+            accepted_tokens=scheduler.num_accepted,
+            num_steps=self.watch.num_steps,
+            seconds=dict(self.watch.seconds),
+        )
