@@ -15,7 +15,7 @@ from herd.ops.native import kernels
 def main() -> None:
     model, threads = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
-    engine = open_engine(model, config=EngineConfig(threads=threads), device="cpu")
+    engine = open_engine(model, config=EngineConfig(threads=threads, prefix_cache=False, draft_tokens=0, pace=0), device="cpu")
     native = kernels()
     assert native is not None, "the native kernels are not built"
     much = torch.ones(1 << 27)

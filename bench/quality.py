@@ -41,7 +41,7 @@ def served(engine: Engine, tokens: list[int]) -> Tensor:
     sequence = engine.sequence(Prompt(tokens=tokens, loss_mask=[False] * len(tokens)), Sampling(temperature=0), lambda _: None)
     engine.scheduler.add(sequence)
     plan = engine.scheduler.next()
-    assert plan.pieces == [Piece(sequence, 0, len(tokens))]
+    assert plan.pieces == [Piece(sequence, 0, len(tokens), 1)]
     inputs = build_inputs(Plan(plan.pieces), engine.pages, engine.model)
     object.__setattr__(inputs, "rows", torch.arange(len(tokens)))
     logits = engine.runner(inputs)
@@ -60,7 +60,7 @@ def main() -> None:
     text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     tokens = tokenizer_of(source.files).encode(text)[: arguments.tokens]
     engines = {
-        name: open_engine(arguments.model, config=EngineConfig(step_tokens=WINDOW, **choices))  # type: ignore[arg-type]
+        name: open_engine(arguments.model, config=EngineConfig(step_tokens=WINDOW, prefix_cache=False, **choices))  # type: ignore[arg-type]
         for name, choices in CHOICES.items()
     }
     found = {name: torch.zeros(3, dtype=torch.float64) for name in ["float32", *engines]}  # KL, cross-entropy, same likeliest

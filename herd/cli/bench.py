@@ -24,7 +24,8 @@ class Options:
     batch: int = 8  # replies at once
     rounds: int = 5
     json: bool = False  # one line of JSON with the field names that llama.cpp's bench scripts use
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    # every token is computed, and all prompts before any reply
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache=False, draft_tokens=0, pace=0))
 
 
 def run(options: Options) -> int:

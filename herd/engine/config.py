@@ -15,6 +15,9 @@ class EngineConfig:
     max_sequences: int = 16  # sequences that are computed at once; more wait
     step_tokens: int = 512  # tokens of one step: every decoding sequence takes one, prefill gets the rest
     page_tokens: int = 16  # tokens per page; must divide the model's chunk
+    pace: float = 0.7  # share of their speed that replies under way keep while prompts come in; 0: prompts take what they can
+    prefix_cache: bool = True  # keep what was computed while there is room, for prompts that begin alike
+    draft_tokens: int = 8  # guesses at a reply's next tokens that one step may test; 0: none
     kv: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # numbers that keys and values are kept in; auto: those of the computation
     activation_bits: Literal[0, 8, 16] = 0  # that 4-bit and 8-bit weights meet on a CPU; 0: 8 in wide models, 16 in narrow ones
     threads: int = 0  # CPU threads of the native kernels; 0: as many as this process may use
@@ -31,6 +34,10 @@ class EngineConfig:
             )
         if self.threads < 0:
             raise UsageError(f"threads is {self.threads}; it must be 0 (all) or more", param="threads")
+        if self.draft_tokens < 0:
+            raise UsageError(f"draft_tokens is {self.draft_tokens}; it must be 0 (none) or more", param="draft_tokens")
+        if not 0 <= self.pace <= 1:
+            raise UsageError(f"pace is {self.pace}; it must be between 0 and 1", param="pace")
         if self.context_tokens is not None and self.context_tokens < 2:
             raise UsageError(f"context_tokens is {self.context_tokens}; it must be at least 2", param="context_tokens")
         if not 0 < self.kv_gib < 1e6:

@@ -1,17 +1,23 @@
 """The engine: requests in, events out, one step at a time. Synchronous, and owned by one thread."""
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import torch
 
 from herd.chat import ChatEvent, Sampling
 from herd.engine.config import EngineConfig
 from herd.engine.inputs import build_inputs
+from herd.engine.lookup import Lookup
 from herd.engine.pages import Pages
+from herd.engine.prefix import Chain, Placed
 from herd.engine.runner import Runner
 from herd.engine.sampler import Sampler
 from herd.engine.scheduler import Scheduler
 from herd.engine.sequence import Emit, Sequence
+from herd.engine.stats import PoolStats, Stats, Watch
 from herd.errors import ContextError, PromptError
 from herd.model.llama4 import Llama4
 from herd.model.swap import activation_bits
@@ -24,12 +30,14 @@ from herd.text.tokenizer import Tokenizer
 class Engine:
     """Continuous batching over one model."""
 
-    def __init__(self, model: Llama4, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def __init__(self, model: Llama4, tokenizer: Tokenizer, config: EngineConfig, clock: Callable[[], float] = time.perf_counter) -> None:
+        """clock: seconds, from anywhere."""
         weight = model.norm.weight
         self.model, self.tokenizer, self.config = model.config, tokenizer, config
         self.pages = Pages(self.model, config, dtype=weight.dtype, device=weight.device)
-        self.scheduler = Scheduler(self.model, config, self.pages)
+        self.scheduler = Scheduler(config, self.pages)
         self.runner = Runner(model, self.pages)
+        self.watch = Watch(clock)
         self.threads = config.threads or default_threads()
         self.activation_bits = activation_bits(model)
         native = kernels()
@@ -41,8 +49,11 @@ class Engine:
         """The longest sequence, prompt and reply together."""
         return self.pages.capacity.context_tokens
 
-    def sequence(self, prompt: Prompt, sampling: Sampling, emit: Emit) -> Sequence:
-        """Make a sequence that is sure to fit. Raises `ContextError` or `PromptError` with the numbers. Safe from any thread."""
+    def sequence(self, prompt: Prompt, sampling: Sampling, emit: Emit, salt: bytes = b"") -> Sequence:
+        """Make a sequence that is sure to fit. Raises `ContextError` or `PromptError` with the numbers. Safe from any thread.
+
+        salt: only sequences with the same one share what they have computed.
+        """
         length, room = len(prompt.tokens), self.context_tokens
         if not length:
             raise PromptError("the prompt is empty", "give at least one token")
@@ -64,10 +75,15 @@ class Engine:
                 param="max_tokens",
             )
         patches = [i for i, token in enumerate(prompt.tokens) if token == self.model.patch_id]
+        if prompt.images and self.model.vision is None:
+            raise PromptError("this model reads no images", "send text alone, or choose a model with vision")
         tokens_per_tile = self.model.vision.tokens_per_tile if self.model.vision else 0
-        num_features = sum(len(tiles.pixels) for tiles in prompt.images) * tokens_per_tile
+        ends = list(accumulate((len(tiles.pixels) * tokens_per_tile for tiles in prompt.images), initial=0))
+        num_features = ends[-1]
         if len(patches) != num_features:
             raise PromptError(f"the prompt has {len(patches)} patch tokens and its images give {num_features} features")
+        spans = zip(pairwise(ends), prompt.images, strict=True)
+        images = [Placed(patches[first], patches[end - 1], tiles) for (first, end), tiles in spans]
         return Sequence(
             prompt=prompt,
             sampler=Sampler(self.advised(sampling)),
@@ -75,6 +91,8 @@ class Engine:
             stop_ids=frozenset() if sampling.ignore_eos else frozenset(self.model.stop_ids),
             max_reply=wanted or room - length,
             patches=patches,
+            lookup=Lookup(self.config.draft_tokens),
+            chain=Chain(page_tokens=self.config.page_tokens, salt=salt, images=images),
             emit=emit,
         )
 
@@ -87,8 +105,31 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[tuple[Sequence, ChatEvent]]:
         """Compute one batch; the events that it gave, for whom."""
+        self.watch.start()
         plan = self.scheduler.next()
+        self.watch.lap("plan")
         self.runner.see(plan)
+        self.watch.lap("see")
         logits = self.runner(build_inputs(plan, self.pages, self.model))
-        tokens = [sequence.sampler(row) for sequence, row in zip(plan.due, logits, strict=True)]
-        return self.scheduler.accept(plan, tokens)
+        seconds = self.watch.lap("run")
+        rows = torch.split(logits, [piece.num_rows for piece in plan.due])
+        tokens = [piece.sequence.sampler.draw(each, piece.drafts) for piece, each in zip(plan.due, rows, strict=True)]
+        self.scheduler.learn(plan, seconds + self.watch.lap("sample"))
+        events = self.scheduler.accept(plan, tokens)
+        self.watch.lap("accept")
+        return events
+
+    def stats(self) -> Stats:
+        """What it holds now and has done so far. Numbers may be a step apart when asked from another thread."""
+        scheduler = self.scheduler
+        return Stats(
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            full_pages=PoolStats.of(self.pages.full),
+            local_pages=PoolStats.of(self.pages.local),
+            hit_tokens=scheduler.num_hits,
+            drafted_tokens=scheduler.num_drafted,
+            accepted_tokens=scheduler.num_accepted,
+            num_steps=self.watch.num_steps,
+            seconds=dict(self.watch.seconds),
+        )

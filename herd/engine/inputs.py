@@ -28,7 +28,7 @@ def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
     """Lay the pieces of `plan` end to end. Features of their images must have been made."""
     device = pages.device
     pieces = plan.pieces
-    tokens = [token for p in pieces for token in p.sequence.tokens[p.start : p.stop]]
+    tokens = [token for p in pieces for token in p.tokens]
     positions = [position for p in pieces for position in range(p.start, p.stop)]
     rows: list[int] = []
     patches: list[int] = []
@@ -41,8 +41,7 @@ def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
             seen.append(piece.sequence.features[found])
             patches += [total + position - piece.start for position in piece.sequence.patches[found]]
         total += piece.stop - piece.start
-        if piece.is_due:
-            rows.append(total - 1)
+        rows += range(total - piece.num_rows, total)
     return Inputs(
         tokens=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),

@@ -2,14 +2,21 @@
 
 Global layers keep every token of a sequence, local layers only those of its current chunk, so each kind has its own pool and each
 sequence a table of pages per kind. A page of a pool is the same slots in every layer of that kind.
+
+A page that is full and computed is registered under the key of its content (`prefix.py`), and from then on never written again: any
+sequence whose prefix has that key may hold it too. When nobody does it is kept until its room is needed, the page that was let go first
+first; a sequence lets go of its last page first, so that chains are lost from their ends.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from herd.engine.config import EngineConfig
+from herd.engine.prefix import resume
+from herd.engine.sequence import Sequence
 from herd.errors import UsageError
 from herd.model.config import ModelConfig
 from herd.ops.attend import Slots
@@ -18,21 +25,64 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 class PagePool:
-    """The free pages of one kind of layer."""
+    """The pages of one kind of layer: held by sequences, kept for what is in them, or free."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
+        self.num_evicted = 0  # pages that were kept and then taken for something else
         self.free = deque(range(num_pages))
+        self.kept: OrderedDict[int, None] = OrderedDict()  # registered and held by nobody, those let go first first
+        self.holders = [0] * num_pages  # sequences that hold each
+        self._page: dict[bytes, int] = {}
+        self._key: dict[int, bytes] = {}
+
+    @property
+    def room(self) -> int:
+        """How many pages can be taken."""
+        return len(self.free) + len(self.kept)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._page
 
     def take(self, count: int) -> list[int]:
-        """`count` pages that nobody else holds. The caller has checked that there are as many."""
-        return [self.free.popleft() for _ in range(count)]
+        """`count` pages that nobody else holds, for new content. The caller has checked that there are as many."""
+        return [self._take() for _ in range(count)]
+
+    def _take(self) -> int:
+        if self.free:
+            page = self.free.popleft()
+        else:
+            page, _ = self.kept.popitem(last=False)
+            del self._page[self._key.pop(page)]
+            self.num_evicted += 1
+        self.holders[page] = 1
+        return page
+
+    def share(self, keys: Iterable[bytes]) -> list[int]:
+        """The pages registered under `keys`, to be read and never written."""
+        pages = [self._page[key] for key in keys]
+        for page in pages:
+            self.holders[page] += 1
+            self.kept.pop(page, None)
+        return pages
+
+    def register(self, page: int, key: bytes) -> None:
+        """Say what a page holds from now on. Where another holds the same already, this one stays its sequence's own."""
+        if key not in self._page and page not in self._key:
+            self._page[key] = page
+            self._key[page] = key
 
     def give_back(self, pages: list[int]) -> None:
-        """Free `pages`, and forget them in the caller's list."""
-        self.free.extend(pages)
-        assert len(self.free) <= self.num_pages, "a page was freed twice"
-        pages.clear()
+        """Let go of `pages`, the last first, and forget them in the caller's list."""
+        while pages:
+            page = pages.pop()
+            assert self.holders[page], "a page was given back twice"
+            self.holders[page] -= 1
+            if not self.holders[page]:
+                if page in self._key:
+                    self.kept[page] = None
+                else:
+                    self.free.append(page)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +140,16 @@ class Capacity:
 
 
 class Pages:
-    """Keys and values of all layers, and the free pages of both kinds."""
+    """Keys and values of all layers, the pages of both kinds, and the tables of the sequences that hold them."""
 
     def __init__(self, model: ModelConfig, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         dtype = _DTYPES.get(config.kv, dtype)
         self.capacity = Capacity.of(model, config, dtype)
-        self.page_tokens = config.page_tokens
+        self.page_tokens, self.chunk_tokens = config.page_tokens, model.chunk_tokens
         self.full = PagePool(self.capacity.full_pages)
         self.local = PagePool(self.capacity.local_pages)
+        self.has_full, self.has_local = bool(model.global_layers), bool(model.local_layers)
+        self.keeps = config.prefix_cache
 
         def room(layer: int) -> Slots:
             num_pages = self.local.num_pages if model.is_local(layer) else self.full.num_pages
@@ -105,3 +157,84 @@ class Pages:
 
         self.layers = [room(layer) for layer in range(model.num_layers)]
         self.device = device
+
+    def chunk_start(self, position: int) -> int:
+        """Where the chunk of a position starts."""
+        return position // self.chunk_tokens * self.chunk_tokens if self.chunk_tokens else 0
+
+    def lacking(self, sequence: Sequence, stop: int) -> tuple[int, int]:
+        """Pages of both kinds that the tables lack for tokens up to `stop`, whatever the chunk that lies in."""
+        full = -(-stop // self.page_tokens) - len(sequence.full_table) if self.has_full else 0
+        local = min(stop - self.chunk_start(sequence.num_computed), self.chunk_tokens or stop)
+        return max(0, full), max(0, -(-local // self.page_tokens) - len(sequence.local_table)) if self.has_local else 0
+
+    def grow(self, sequence: Sequence, stop: int) -> bool:
+        """Make the tables hold tokens up to `stop`, in the chunk of the next to compute; False, with nothing taken, where room lacks."""
+        full, local = self.lacking(sequence, stop)
+        if full > self.full.room or local > self.local.room:
+            return False
+        sequence.full_table += self.full.take(full)
+        sequence.local_table += self.local.take(local)
+        return True
+
+    def reuse(self, sequence: Sequence) -> int:
+        """Take over pages that hold what the sequence has to compute next; how many tokens that saves. The last is always computed."""
+        if not self.keeps:
+            return 0
+        size, tokens = self.page_tokens, sequence.tokens
+        first = sequence.num_computed // size  # a page that was begun is given up for a full one
+
+        def key(page: int) -> bytes:
+            return sequence.chain.key(tokens, page)
+
+        best = resume(
+            key,
+            range(first, (len(tokens) - 1) // size),
+            self.full if self.has_full else None,
+            self.local if self.has_local else None,
+            self.chunk_tokens // size if self.chunk_tokens else None,
+        )
+        if best == first:
+            return 0
+        before, after = self.chunk_start(sequence.num_computed) // size, self.chunk_start(best * size) // size
+        if self.has_full:
+            self._replace(self.full, sequence.full_table, first, map(key, range(first, best)))
+        if self.has_local:
+            held = first - before if before == after else 0
+            self._replace(self.local, sequence.local_table, held, map(key, range(after + held, best)))
+        saved = best * size - sequence.num_computed
+        sequence.num_computed = best * size
+        return saved
+
+    @staticmethod
+    def _replace(pool: PagePool, table: list[int], start: int, keys: Iterable[bytes]) -> None:
+        """Give back a table from `start` on and let it go on with the pages of `keys`."""
+        dropped = table[start:]
+        pool.give_back(dropped)
+        table[start:] = pool.share(keys)
+
+    def computed(self, sequence: Sequence, stop: int) -> None:
+        """Record that the next tokens up to `stop`, all in one chunk, are computed for good."""
+        start, sequence.num_computed = sequence.num_computed, stop
+        sequence.num_reached = max(sequence.num_reached, stop)
+        size = self.page_tokens
+        origin = self.chunk_start(start) // size
+        for page, key in enumerate(self.keys(sequence, start, stop // size * size), start // size):
+            if self.has_full:
+                self.full.register(sequence.full_table[page], key)
+            if self.has_local:
+                self.local.register(sequence.local_table[page - origin], key)
+        if stop == self.chunk_start(stop):  # no later token of a local layer looks back across this border
+            self.local.give_back(sequence.local_table)
+
+    def keys(self, sequence: Sequence, start: int, stop: int) -> list[bytes]:
+        """Keys of the pages in which tokens [start, stop) lie, of those that the sequence's tokens fill; none where nothing is kept."""
+        size = self.page_tokens
+        last = min(-(-stop // size), len(sequence.tokens) // size) if self.keeps else 0
+        return [sequence.chain.key(sequence.tokens, page) for page in range(start // size, last)]
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all pages from a sequence; what is registered of them can be taken over again."""
+        self.full.give_back(sequence.full_table)
+        self.local.give_back(sequence.local_table)
+        sequence.num_computed = 0

@@ -23,14 +23,17 @@ class Runner:
 
     @torch.inference_mode()
     def see(self, plan: Plan) -> None:
-        """Encode the images of sequences whose patches come up in this step, once each."""
+        """Encode the images whose patches come up in this step, once each."""
+        device = self.model.norm.weight.device
         for piece in plan.pieces:
             sequence = piece.sequence
-            found = sequence.patches_between(piece.start, piece.stop)
-            if sequence.features is None and found.start < found.stop:
-                device = self.model.norm.weight.device
-                seen = [self.model.see(torch.from_numpy(tiles.pixels).to(device)) for tiles in sequence.prompt.images]
-                sequence.features = torch.cat(seen)
+            for image in sequence.chain.images:
+                if image.first < piece.stop and image.last >= piece.start and image.first not in sequence.encoded:
+                    seen = self.model.see(torch.from_numpy(image.tiles.pixels).to(device))
+                    if sequence.features is None:
+                        sequence.features = seen.new_empty(len(sequence.patches), seen.shape[1])
+                    sequence.features[sequence.patches_between(image.first, image.last + 1)] = seen
+                    sequence.encoded.add(image.first)
 
     @torch.inference_mode()
     def __call__(self, inputs: Inputs) -> Tensor:

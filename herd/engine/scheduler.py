@@ -1,8 +1,12 @@
-"""Who is computed next. Decoding sequences first, one token each; prefill gets the rest of the step, in order of arrival.
+"""Who is computed next. Decoding sequences first, one token each; prompts get the rest of the step, or what the pace allows.
 
-Pages are taken when a piece is planned. When they run out, the sequence that arrived last gives its own up and goes back to the queue;
-its tokens are kept and computed again later, so nothing that a reader saw is lost. The one that arrived first therefore always gets on,
-and since a sequence that could never fit is refused at the door, every sequence ends.
+Of several prompts the one that arrived first gets half, and the others the rest, the shortest first: a long prompt holds up no short one,
+and short ones do not starve it. A prompt whose next page is being computed for another waits for it.
+
+Pages are taken when a piece is planned, and before that taken over where another sequence has computed the same. When they run out, the
+sequence that arrived last gives its own up and goes back to the queue. Its tokens are kept, and of its pages those that nobody needed
+meanwhile; the rest is computed again later, so nothing that a reader saw is lost. The one that arrived first therefore always gets on, and
+since a sequence that could never fit is refused at the door, every sequence ends.
 """
 
 from collections import deque
@@ -10,23 +14,28 @@ from dataclasses import dataclass, field
 
 from herd.chat import ChatEvent
 from herd.engine.config import EngineConfig
+from herd.engine.pace import Pace
 from herd.engine.pages import Pages
 from herd.engine.sequence import Sequence
-from herd.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens [start, stop) of a sequence, all within one chunk."""
+    """Tokens [start, stop) of a sequence, all within one chunk. The last may be drafts, which are not the sequence's yet."""
 
     sequence: Sequence
     start: int
     stop: int
+    num_rows: int  # of the last tokens that give logits: none, or the sequence's last and all drafts
+    drafts: list[int] = field(default_factory=list)
 
     @property
-    def is_due(self) -> bool:
-        """Whether the last token is the sequence's last, so that its logits give the next one."""
-        return self.stop == len(self.sequence.tokens)
+    def tokens(self) -> list[int]:
+        return [*self.sequence.tokens[self.start : self.stop], *self.drafts]
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_rows == self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +43,27 @@ class Plan:
     """The work of one step."""
 
     pieces: list[Piece] = field(default_factory=list)
+    under_way: set[bytes] = field(default_factory=set)  # keys of the pages that it computes for prompts
 
     @property
-    def due(self) -> list[Sequence]:
-        """Sequences that get a token from this step, in packed order."""
-        return [piece.sequence for piece in self.pieces if piece.is_due]
+    def due(self) -> list[Piece]:
+        """The pieces that give their sequences tokens, in packed order."""
+        return [piece for piece in self.pieces if piece.num_rows]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of sequences that do not decode yet."""
+        return sum(piece.stop - piece.start for piece in self.pieces if not piece.is_decoding)
 
 
 class Scheduler:
     """The queue, the running sequences, and their pages."""
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, pages: Pages) -> None:
+    def __init__(self, config: EngineConfig, pages: Pages) -> None:
         self.config, self.pages = config, pages
-        self.chunk_tokens = model.chunk_tokens
-        self.has_local, self.has_full = bool(model.local_layers), bool(model.global_layers)
+        self.pace = Pace(config.pace)
+        self.num_hits = 0  # tokens that were taken over
+        self.num_drafted = self.num_accepted = 0  # tokens that were guessed, and those that were right
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
 
@@ -64,80 +80,99 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        self._drop_pages(sequence)
+        self.pages.release(sequence)
 
     def next(self) -> Plan:
         """Plan a step. Empty only when idle."""
         plan = Plan()
-        budget = self.config.step_tokens
+        left = self.config.step_tokens
+        while self.waiting and len(self.running) < self.config.max_sequences and self._admit(self.waiting[0]):
+            pass
         decoding = [s for s in self.running if s.num_waiting == 1]
-        prefilling = [s for s in self.running if s.num_waiting > 1]
-        for sequence in decoding + prefilling:
-            if sequence in self.running and budget:  # it may have been put back to make room
-                budget -= self._plan(plan, sequence, budget)
-        while self.waiting and budget and len(self.running) < self.config.max_sequences and self._has_room(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            budget -= self._plan(plan, sequence, budget)
+        for others_left, sequence in zip(reversed(range(len(decoding))), decoding, strict=True):
+            left -= self._plan(plan, sequence, max(min(left, 1), left - others_left))
+        if plan.pieces:
+            left = self.pace.prompt_tokens(left)
+        prompts = [s for s in self.running if s.num_waiting > 1]
+        others = sorted(prompts[1:], key=lambda s: s.num_waiting)
+        kept_back = min(left // 2, sum(s.num_waiting for s in others))
+        for sequence in prompts[:1]:
+            left -= self._plan(plan, sequence, left - kept_back)
+        for sequence in others:
+            left -= self._plan(plan, sequence, left)
         return plan
 
-    def accept(self, plan: Plan, tokens: list[int]) -> list[tuple[Sequence, ChatEvent]]:
-        """Record that `plan` was computed and that its due sequences drew `tokens`; say what their readers get."""
+    def accept(self, plan: Plan, tokens: list[list[int]]) -> list[tuple[Sequence, ChatEvent]]:
+        """Record that `plan` was computed and that its due pieces drew `tokens`, one or more each; say what readers get."""
         for piece in plan.pieces:
-            piece.sequence.num_computed = piece.stop
+            if not piece.num_rows:
+                self.pages.computed(piece.sequence, piece.stop)
         events = []
-        for sequence, token in zip(plan.due, tokens, strict=True):
-            events += [(sequence, event) for event in sequence.accept(token)]
+        for piece, drawn in zip(plan.due, tokens, strict=True):
+            sequence = piece.sequence
+            for token in drawn:
+                events += [(sequence, event) for event in sequence.accept(token)]
+                if sequence.finish:
+                    break
+            self.pages.computed(sequence, len(sequence.tokens) - 1)  # drafts that were wrong are written over by what comes
+            self.num_drafted += len(piece.drafts)
+            self.num_accepted += len(drawn) - 1
+            sequence.lookup.learn(len(piece.drafts), len(drawn) - 1)
             if sequence.finish:
                 self.remove(sequence)
         return events
 
+    def learn(self, plan: Plan, seconds: float) -> None:
+        """Take note of how long the computation of `plan` took."""
+        self.pace.saw(any(piece.is_decoding for piece in plan.pieces), plan.prompt_tokens, seconds)
+
     def _plan(self, plan: Plan, sequence: Sequence, budget: int) -> int:
-        """Add the next piece of `sequence` to the plan and give it pages; returns its tokens, 0 if it had to go back itself."""
-        start = sequence.num_computed
-        stop = min(len(sequence.tokens), start + budget)
-        chunk_start = 0
-        if self.chunk_tokens is not None:
-            chunk_start = start // self.chunk_tokens * self.chunk_tokens
-            stop = min(stop, chunk_start + self.chunk_tokens)
-        if start == chunk_start:  # no later token of a local layer looks back across this border
-            self.pages.local.give_back(sequence.local_table)
-        while not self._grow(sequence, stop, stop - chunk_start):
-            victim = self.running[-1]
-            self._put_back(victim)
+        """Add the next piece of `sequence` to the plan and give it pages; returns its tokens, 0 where it cannot go on."""
+        if sequence not in self.running or not budget:  # it may have given way
+            return 0
+        if sequence.num_waiting > 1:
+            self._count(sequence, self.pages.reuse(sequence))
+        start, most = sequence.num_computed, budget
+        if self.pages.chunk_tokens:
+            most = min(budget, self.pages.chunk_start(start) + self.pages.chunk_tokens - start)
+        count = min(sequence.num_waiting, most)
+        keys: list[bytes] = []
+        drafts: list[int] = []
+        if sequence.num_waiting > 1:
+            keys = self.pages.keys(sequence, start, start + count)
+            if keys and keys[0] in plan.under_way:
+                return 0
+        else:
+            drafts = sequence.lookup.drafts(sequence.tokens, min(most, sequence.reply_left) - 1)
+            if not self.pages.grow(sequence, start + 1 + len(drafts)):
+                drafts = []  # nobody gives way to a guess
+        while not self.pages.grow(sequence, start + count):
+            victim = self.running.pop()
+            self.pages.release(victim)
+            self.waiting.appendleft(victim)
             plan.pieces[:] = [piece for piece in plan.pieces if piece.sequence is not victim]
             if victim is sequence:
                 return 0
-        plan.pieces.append(Piece(sequence, start, stop))
-        return stop - start
+        is_due = count == sequence.num_waiting
+        count += len(drafts)
+        plan.pieces.append(Piece(sequence, start, start + count, is_due + len(drafts), drafts))
+        plan.under_way.update(keys)
+        return count
 
-    def _grow(self, sequence: Sequence, full_tokens: int, local_tokens: int) -> bool:
-        """Make the tables hold that many tokens; False, with nothing changed, when there are not enough free pages."""
-        size = self.pages.page_tokens
-        full = -(-full_tokens // size) - len(sequence.full_table) if self.has_full else 0
-        local = -(-local_tokens // size) - len(sequence.local_table) if self.has_local else 0
-        if full > len(self.pages.full.free) or local > len(self.pages.local.free):
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let the first of the queue run if the rest of it would fit now, beside what the running lack; less would make others give way."""
+        saved = self.pages.reuse(sequence)
+        lacking = [self.pages.lacking(s, len(s.tokens)) for s in (*self.running, sequence)]
+        full, local = (sum(pages) for pages in zip(*lacking, strict=True))
+        if full > self.pages.full.room or local > self.pages.local.room:
+            self.pages.release(sequence)
             return False
-        sequence.full_table += self.pages.full.take(full)
-        sequence.local_table += self.pages.local.take(local)
+        self._count(sequence, saved)
+        self.running.append(self.waiting.popleft())
         return True
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether the whole of a waiting sequence would fit now; admitting less would only make others give way."""
-        size = self.pages.page_tokens
-        length = len(sequence.tokens)
-        local = min(length, self.chunk_tokens or length)
-        return not (
-            (self.has_full and -(-length // size) > len(self.pages.full.free))
-            or (self.has_local and -(-local // size) > len(self.pages.local.free))
-        )
-
-    def _put_back(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._drop_pages(sequence)
-        self.waiting.appendleft(sequence)
-
-    def _drop_pages(self, sequence: Sequence) -> None:
-        self.pages.full.give_back(sequence.full_table)
-        self.pages.local.give_back(sequence.local_table)
-        sequence.num_computed = 0
+    def _count(self, sequence: Sequence, saved: int) -> None:
+        """Of the tokens that were taken over, those that are the prompt's and new to the sequence are told its reader."""
+        self.num_hits += saved
+        sequence.num_cached += max(0, min(sequence.num_computed, sequence.num_prompt) - sequence.num_reached)
+        sequence.num_reached = max(sequence.num_reached, sequence.num_computed)

@@ -28,12 +28,14 @@ def data(item: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(item, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
-def usage_object(usage: Usage) -> dict[str, int]:
+def usage_object(usage: Usage) -> dict[str, Any]:
     """OpenAI's usage object."""
+    details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}} if usage.cached_tokens else {}
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        **details,
     }
 
 

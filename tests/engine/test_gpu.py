@@ -85,7 +85,7 @@ def test_a_layer_of_scout_fits_and_runs(monkeypatch: pytest.MonkeyPatch) -> None
     prompt = [i * 37 % 1024 for i in range(300)]
     found = []
     for is_plain in (False, True):
-        engine = Engine(model, byte_tokenizer(), EngineConfig(kv_gib=0.5, max_sequences=4))
+        engine = Engine(model, byte_tokenizer(), EngineConfig(kv_gib=0.5, max_sequences=4, draft_tokens=0))
         if is_plain:
             engine.runner.graphs = None
             monkeypatch.setattr(pick, "TABLE", [way for way in pick.TABLE if way.is_plain])

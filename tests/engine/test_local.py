@@ -19,10 +19,10 @@ from .greedy import greedy_reply, packed_logits
 
 
 def is_idle(model: Model) -> bool:
-    """Whether the engine comes to rest with every page free, within a few seconds."""
+    """Whether the engine comes to rest with no page held, within a few seconds."""
     pages = model.thread.engine.pages
     for _ in range(200):
-        if model.thread.engine.scheduler.is_idle and all(len(p.free) == p.num_pages for p in (pages.full, pages.local)):
+        if model.thread.engine.scheduler.is_idle and all(p.room == p.num_pages for p in (pages.full, pages.local)):
             return True
         time.sleep(0.02)
     return False

@@ -64,8 +64,8 @@ def logits_of(engine: Engine, sequences: list[Sequence], cuts: random.Random | N
 
         def __call__(self, inputs):  # type: ignore[no-untyped-def]
             logits = runner(inputs)
-            for sequence, row in zip(self.plan.due, logits, strict=True):
-                seen[sequence].append(row.clone())
+            for piece, row in zip(self.plan.due, logits, strict=True):  # without drafts
+                seen[piece.sequence].append(row.clone())
             return logits
 
     engine.runner = Spy()  # type: ignore[assignment]
@@ -77,7 +77,9 @@ def logits_of(engine: Engine, sequences: list[Sequence], cuts: random.Random | N
 
 
 def start(model: Llama4, prompts: list[list[int]], max_tokens: int = 10, **choices: Any) -> tuple[Engine, list[Sequence]]:
-    engine = Engine(model, byte_tokenizer(), EngineConfig(**{"page_tokens": 4, "kv_gib": 0.02, "max_sequences": 4, **choices}))
+    engine = Engine(
+        model, byte_tokenizer(), EngineConfig(**{"page_tokens": 4, "kv_gib": 0.02, "max_sequences": 4, "draft_tokens": 0, **choices})
+    )
     sampling = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     return engine, [engine.sequence(Prompt(tokens=p, loss_mask=[False] * len(p)), sampling, lambda event: None) for p in prompts]
 

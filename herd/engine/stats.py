@@ -1,0 +1,57 @@
+"""What an engine holds and has done, as plain numbers, for metrics and logs."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from herd.engine.pages import PagePool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolStats:
+    """The pages of one kind of layer."""
+
+    used: int  # held by sequences
+    cached: int  # kept for what is in them, held by nobody
+    free: int
+    evicted: int  # ever: kept, and then taken for something else
+
+    @staticmethod
+    def of(pool: PagePool) -> "PoolStats":
+        return PoolStats(used=pool.num_pages - pool.room, cached=len(pool.kept), free=len(pool.free), evicted=pool.num_evicted)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stats:
+    """A moment of an engine; what is counted is counted since it was made."""
+
+    num_waiting: int  # sequences in the queue
+    num_running: int
+    full_pages: PoolStats  # of global layers
+    local_pages: PoolStats
+    hit_tokens: int  # taken over from the cache and not computed
+    drafted_tokens: int  # guesses that were tested
+    accepted_tokens: int  # guesses that were right
+    num_steps: int
+    seconds: dict[str, float]  # by part of a step: plan, see, run, sample, accept
+
+
+@dataclass(eq=False, slots=True)
+class Watch:
+    """Adds up where time goes, lap by lap."""
+
+    clock: Callable[[], float] = time.perf_counter  # seconds, from anywhere
+    num_steps: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "see", "run", "sample", "accept"), 0.0))
+    _last: float = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self.num_steps += 1
+        self._last = self.clock()
+
+    def lap(self, part: str) -> float:
+        """A part of it ends; its seconds."""
+        last, self._last = self._last, self.clock()
+        self.seconds[part] += self._last - last
+        return self._last - last

@@ -1,0 +1,124 @@
+"""Random schedules: whatever runs beside it, every reply is the one that it would be alone, and all pages come home.
+
+HERD_SCHEDULES says how many are tried: HERD_SCHEDULES=5000 make test ARGS=tests/engine/test_schedules.py
+"""
+
+import os
+import random
+from dataclasses import replace
+
+import pytest
+
+from herd.chat import Done, Sampling
+from herd.engine.engine import Engine
+from herd.engine.local import Model
+from herd.engine.sequence import Sequence
+from herd.text.images import Tiles
+from herd.text.prompt import Prompt
+
+from .greedy import greedy_reply
+from .test_engine import GREEDY, image_prompt, is_clean, make_engine, plain_prompt, random_prompt, shrink
+from .test_lookup import Oracle
+
+CONTEXT, CHUNK = 112, 16
+LENGTHS = [1, 3, 15, 16, 17, 31, 33, 50, 64]
+
+
+def prompt_like(tiny: Model, rng: random.Random, before: list[Prompt]) -> Prompt:
+    """A new prompt, or one that begins as another did, as far as its images or all of it; at times with another picture in its place."""
+    if not before or rng.random() < 0.4:
+        return image_prompt(tiny, rng) if rng.random() < 0.25 else random_prompt(rng, rng.choice(LENGTHS))
+    old = rng.choice(before)
+    if old.images and rng.random() < 0.3:
+        (tiles,) = old.images
+        return replace(old, images=(Tiles(tiles.rows, tiles.cols, 255 - tiles.pixels),))
+    kept = len(old.tokens) if old.images else rng.randint(1, len(old.tokens))
+    tokens = [*old.tokens[:kept], *random_prompt(rng, rng.choice([0, 1, 5, 16, 20])).tokens][: CONTEXT - 25]
+    return replace(plain_prompt(tokens), images=old.images)
+
+
+def alone(tiny: Model, prompt: Prompt, sampling: Sampling) -> list[int]:
+    """The packed forward's greedy reply; for draws, that of an engine which has nothing else to do and neither keeps nor guesses."""
+    if sampling.temperature == 0:
+        return greedy_reply(tiny, prompt, sampling.max_tokens or 0)
+    engine = make_engine(tiny, prefix_cache=False, draft_tokens=0)
+    engine.scheduler.add(engine.sequence(prompt, sampling, lambda event: None))
+    events = []
+    while not engine.scheduler.is_idle:
+        events += [event for _, event in engine.step()]
+    assert isinstance(events[-1], Done)
+    return list(events[-1].tokens)
+
+
+def starved_engine(tiny: Model, rng: random.Random) -> Engine:
+    """Random sizes, and pages for little more than the longest sequence."""
+    page_tokens = rng.choice([1, 2, 4, 4, 8, 16])
+    max_sequences = rng.randint(1, 5)
+    engine = make_engine(
+        tiny,
+        page_tokens=page_tokens,
+        context_tokens=CONTEXT,
+        max_sequences=max_sequences,
+        step_tokens=rng.randint(max_sequences, 80),
+        pace=rng.choice([0, 0.5, 0.9]),
+        draft_tokens=rng.choice([0, 1, 8, 8]),
+        prefix_cache=rng.random() < 0.9,
+    )
+    full, local = CONTEXT // page_tokens, CHUNK // page_tokens
+    shrink(engine, full=rng.randint(full, 2 * full), local=rng.randint(local, 3 * local))
+    return engine
+
+
+def check_tables(engine: Engine) -> None:
+    """Every page is held by just those whose tables have it, and no page that is still written by two."""
+    pages = engine.pages
+    for pool, tables in (
+        (pages.full, [s.full_table for s in engine.scheduler.running]),
+        (pages.local, [s.local_table for s in engine.scheduler.running]),
+    ):
+        held = [page for table in tables for page in table]
+        assert all(pool.holders[page] == held.count(page) for page in range(len(pool.holders)))
+        assert not set(held) & {*pool.free, *pool.kept}
+        assert len(set(held)) + pool.room == pool.num_pages
+    for sequence in engine.scheduler.running:
+        assert all(pages.full.holders[page] == 1 for page in sequence.full_table[sequence.num_computed // pages.page_tokens :])
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("HERD_SCHEDULES", "60"))))
+def test_random_schedules_answer_rightly_and_leak_nothing(tiny: Model, seed: int) -> None:
+    """Arrivals, prefixes that are shared, images, guesses, aborts, starvation of both kinds of pages; greedy and drawn."""
+    rng = random.Random(seed)
+    engine = starved_engine(tiny, rng)
+    prompts: list[Prompt] = []
+    for _ in range(rng.randint(1, 8)):
+        prompts.append(prompt_like(tiny, rng, prompts))
+    coming = list(prompts)
+    want: dict[Sequence, list[int]] = {}
+    found: dict[Sequence, list[int]] = {}
+    aborted: set[Sequence] = set()
+    for _ in range(3000):
+        if coming and rng.random() < 0.3:
+            prompt = coming.pop(rng.randrange(len(coming)))
+            sampling = rng.choice([GREEDY, GREEDY, Sampling(temperature=1.0, top_p=0.9, seed=rng.randrange(99), max_tokens=24)])
+            sequence = engine.sequence(prompt, sampling, lambda event: None, salt=rng.choice([b"", b"", b"", b"x"]))
+            want[sequence] = alone(tiny, prompt, sampling)
+            if engine.config.draft_tokens and rng.random() < 0.7:
+                sequence.lookup = Oracle(sequence.num_prompt, tuple(want[sequence]), rng)
+            engine.scheduler.add(sequence)
+        if want and rng.random() < 0.02:
+            victim = rng.choice(list(want))
+            engine.scheduler.remove(victim)
+            aborted.add(victim)
+        if engine.scheduler.is_idle:
+            if not coming:
+                break
+            continue
+        for sequence, event in engine.step():
+            if isinstance(event, Done):
+                found[sequence] = list(event.tokens)
+        check_tables(engine)
+    assert engine.scheduler.is_idle and not coming
+    assert is_clean(engine)
+    for sequence, reply in want.items():
+        if sequence not in aborted:
+            assert found[sequence] == reply
