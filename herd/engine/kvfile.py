@@ -11,7 +11,7 @@ the store, the key and the version that it was written for, so a renamed or copi
 
 Files could be mapped (hence the alignment) and are read instead. A map shows what the disk says later, not what was checked; and where the
 file was cut short or the disk fails, touching it is SIGBUS, which ends the process and every reply in it. Reading and checking 256 KiB at a
-time, while they are in the cache, costs what checking through a map does.
+time is as fast as checking through a map where the bytes come from the disk, and 1.6 times slower where the system still has them.
 """
 
 import json

@@ -1,6 +1,6 @@
 """A folder of stored chunks that several processes share: what is in it, whose turn it is to go, and who may say so.
 
-    FOLDER/lock                                  held by whoever makes room, while he does
+    FOLDER/lock                                  held by whoever makes room or gives a file its name, while he does
     FOLDER/<fingerprint>/<key>.kv                one chunk; its time of change is when it was last used
     FOLDER/<fingerprint>/<key>.<random>.partial  one being written, of its final size from the start, and locked by its writer
 
@@ -77,7 +77,8 @@ class KvFolder:
         with file:
             try:
                 yield file
-                partial.replace(self.path(key))
+                with self._locked():  # who counts must not miss it between its two names
+                    partial.replace(self.path(key))
             finally:
                 partial.unlink(missing_ok=True)
         _sync(self.own)

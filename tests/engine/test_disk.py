@@ -541,6 +541,25 @@ def test_killed_writers_lose_only_what_they_were_writing(tmp_path: Path, writers
     assert num_left > num_kills // 4 and num_read > num_kills  # many were killed in the middle of a file
 
 
+def test_a_file_gets_its_name_while_nobody_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writing, go, write = threading.Event(), threading.Event(), kvfile.write
+
+    def slow(*arguments: object) -> None:
+        writing.set()
+        assert go.wait(30)
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kvfile, "write", slow)
+    with opened(tmp_path) as store, (tmp_path / "lock").open("ab") as lock:
+        store.put(key_of(0), parts_of(key_of(0)))
+        assert writing.wait(30)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        go.set()
+        assert not store.flush(0.2) and store.has([key_of(0)]) == 0
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert store.flush(30) and store.has([key_of(0)]) == 1
+
+
 def test_processes_share_a_folder(tmp_path: Path, writers: Writers) -> None:
     """Two write the same chain and one another, into too small a folder, while this one reads, writes and counts."""
     limit, num_hits = 30_000_000, 0
