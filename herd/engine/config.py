@@ -1,6 +1,7 @@
 """The choices of an engine, with defaults that work on a laptop."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from herd.errors import UsageError
@@ -17,6 +18,8 @@ class EngineConfig:
     page_tokens: int = 16  # tokens per page; must divide the model's chunk
     pace: float = 0.7  # share of their speed that replies under way keep while prompts come in; 0: prompts take what they can
     prefix_cache: bool = True  # keep what was computed while there is room, for prompts that begin alike
+    prefix_folder: Path | None = None  # where finished chunks of prompts are kept over restarts; None: nowhere
+    prefix_gib: float = 20.0  # GiB that files in that folder may take, the least recently used give way
     draft_tokens: int = 8  # guesses at a reply's next tokens that one step may test; 0: none
     kv: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # numbers that keys and values are kept in; auto: those of the computation
     activation_bits: Literal[0, 8, 16] = 0  # that 4-bit and 8-bit weights meet on a CPU; 0: 8 in wide models, 16 in narrow ones
@@ -40,8 +43,13 @@ class EngineConfig:
             raise UsageError(f"pace is {self.pace}; it must be between 0 and 1", param="pace")
         if self.context_tokens is not None and self.context_tokens < 2:
             raise UsageError(f"context_tokens is {self.context_tokens}; it must be at least 2", param="context_tokens")
-        if not 0 < self.kv_gib < 1e6:
-            raise UsageError(f"kv_gib is {self.kv_gib}; it must be above 0 and below a million", param="kv_gib")
+        for name in ("kv_gib", "prefix_gib"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0 and below a million", param=name)
+        if self.prefix_folder is not None and not self.prefix_cache:
+            raise UsageError(
+                "prefix_folder is set and prefix_cache is off", "what is stored comes back through the cache", param="prefix_folder"
+            )
         if self.step_tokens < self.max_sequences:
             raise UsageError(
                 f"step_tokens is {self.step_tokens}, fewer than max_sequences {self.max_sequences}",

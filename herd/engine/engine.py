@@ -6,19 +6,22 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
 from herd.chat import ChatEvent, Sampling
 from herd.engine.config import EngineConfig
+from herd.engine.disk import DiskStore
 from herd.engine.inputs import build_inputs
 from herd.engine.lookup import Lookup
 from herd.engine.pages import Pages
 from herd.engine.prefix import Chain, Placed
 from herd.engine.runner import Runner
 from herd.engine.sampler import Sampler
-from herd.engine.scheduler import Scheduler
+from herd.engine.scheduler import Piece, Scheduler
 from herd.engine.sequence import Emit, Sequence
+from herd.engine.shelf import Shelf
 from herd.engine.stats import PoolStats, Stats, Watch
-from herd.errors import ContextError, PromptError
+from herd.errors import ContextError, HerdError, PromptError
 from herd.model.llama4 import Llama4
 from herd.model.swap import activation_bits
 from herd.ops.native import default_threads, kernels
@@ -30,12 +33,20 @@ from herd.text.tokenizer import Tokenizer
 class Engine:
     """Continuous batching over one model."""
 
-    def __init__(self, model: Llama4, tokenizer: Tokenizer, config: EngineConfig, clock: Callable[[], float] = time.perf_counter) -> None:
-        """clock: seconds, from anywhere."""
+    def __init__(
+        self,
+        model: Llama4,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        store: DiskStore | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """store: where finished chunks go and come from.  clock: seconds, from anywhere."""
         weight = model.norm.weight
         self.model, self.tokenizer, self.config = model.config, tokenizer, config
         self.pages = Pages(self.model, config, dtype=weight.dtype, device=weight.device)
-        self.scheduler = Scheduler(config, self.pages)
+        self.shelf = Shelf(self.pages, store, self.model.global_layers) if store is not None else None
+        self.scheduler = Scheduler(config, self.pages, self.shelf)
         self.runner = Runner(model, self.pages)
         self.watch = Watch(clock)
         self.threads = config.threads or default_threads()
@@ -103,8 +114,8 @@ class Engine:
         return replace(sampling, temperature=temperature, top_p=top_p)
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Sequence, ChatEvent]]:
-        """Compute one batch; the events that it gave, for whom."""
+    def step(self) -> list[tuple[Sequence, ChatEvent | HerdError]]:
+        """Compute one batch; the events that it gave, for whom. An error ends its own sequence and no other."""
         self.watch.start()
         plan = self.scheduler.next()
         self.watch.lap("plan")
@@ -113,7 +124,7 @@ class Engine:
         logits = self.runner(build_inputs(plan, self.pages, self.model))
         seconds = self.watch.lap("run")
         rows = torch.split(logits, [piece.num_rows for piece in plan.due])
-        tokens = [piece.sequence.sampler.draw(each, piece.drafts) for piece, each in zip(plan.due, rows, strict=True)]
+        tokens = [_drawn(piece, each) for piece, each in zip(plan.due, rows, strict=True)]
         self.scheduler.learn(plan, seconds + self.watch.lap("sample"))
         events = self.scheduler.accept(plan, tokens)
         self.watch.lap("accept")
@@ -128,8 +139,18 @@ class Engine:
             full_pages=PoolStats.of(self.pages.full),
             local_pages=PoolStats.of(self.pages.local),
             hit_tokens=scheduler.num_hits,
+            restored_tokens=self.shelf.num_restored if self.shelf else 0,
+            disk=self.shelf.store.stats() if self.shelf else None,
             drafted_tokens=scheduler.num_drafted,
             accepted_tokens=scheduler.num_accepted,
             num_steps=self.watch.num_steps,
             seconds=dict(self.watch.seconds),
         )
+
+
+def _drawn(piece: Piece, logits: Tensor) -> list[int] | HerdError:
+    """What a piece's sequence draws from its logits [rows, V], or why it cannot: they are no numbers."""
+    try:
+        return piece.sequence.sampler.draw(logits, piece.drafts)
+    except HerdError as error:
+        return error

@@ -15,13 +15,20 @@ import torch
 from torch import Tensor
 
 from herd.chat import ChatEvent, ChatRequest, Done, Image, Message, Role, Sampling
+from herd.checkpoint.identity import weights_identity
 from herd.checkpoint.load import load_model
+from herd.checkpoint.source import Source
 from herd.engine.config import EngineConfig
+from herd.engine.disk import DiskStore, fingerprint
 from herd.engine.engine import Engine
 from herd.engine.thread import EngineThread
 from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError, nearest
+from herd.log import log
 from herd.model.config import ModelConfig
+from herd.model.llama4 import Llama4
+from herd.model.swap import activation_bits
 from herd.ops.attend import Packed
+from herd.ops.native import kernels
 from herd.text.images import Tiles, Tiling, open_image, read_image, tile
 from herd.text.prompt import Prompt, render
 from herd.text.tokenizer import tokenizer_of
@@ -285,4 +292,19 @@ def open_engine(name: str | Path, *, config: EngineConfig, dtype: torch.dtype | 
     tokenizer = tokenizer_of(source.files)
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)  # parsing a vocabulary leaves tens of megabytes of holes
-    return Engine(model, tokenizer, config)
+    return Engine(model, tokenizer, config, _store(name, model, source, config))
+
+
+def _store(name: str | Path, model: Llama4, source: Source, config: EngineConfig) -> DiskStore | None:
+    """Where the engine keeps finished chunks over restarts, if its user has named a folder and the model has such."""
+    if config.prefix_folder is None:
+        return None
+    if not model.config.global_layers or not model.config.chunk_tokens:
+        log.warning("prefix_folder is of no use: %s has no layers whose keys outlast a chunk", short_name(name))
+        return None
+    dtype = model.norm.weight.dtype
+    road = "native" if kernels() is not None and dtype == torch.float32 else "plain"
+    computation = f"{dtype}, activations of {activation_bits(model)} bits, {road}"
+    kv = config.kv if config.kv != "auto" else str(dtype)
+    mark = fingerprint(model.config, weights_identity(name, source), kv, config.page_tokens, computation)
+    return DiskStore(config.prefix_folder, mark, int(config.prefix_gib * 2**30))

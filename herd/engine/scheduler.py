@@ -17,6 +17,8 @@ from herd.engine.config import EngineConfig
 from herd.engine.pace import Pace
 from herd.engine.pages import Pages
 from herd.engine.sequence import Sequence
+from herd.engine.shelf import Shelf
+from herd.errors import HerdError
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,8 @@ class Plan:
 class Scheduler:
     """The queue, the running sequences, and their pages."""
 
-    def __init__(self, config: EngineConfig, pages: Pages) -> None:
-        self.config, self.pages = config, pages
+    def __init__(self, config: EngineConfig, pages: Pages, shelf: Shelf | None = None) -> None:
+        self.config, self.pages, self.shelf = config, pages, shelf
         self.pace = Pace(config.pace)
         self.num_hits = 0  # tokens that were taken over
         self.num_drafted = self.num_accepted = 0  # tokens that were guessed, and those that were right
@@ -102,25 +104,34 @@ class Scheduler:
             left -= self._plan(plan, sequence, left)
         return plan
 
-    def accept(self, plan: Plan, tokens: list[list[int]]) -> list[tuple[Sequence, ChatEvent]]:
-        """Record that `plan` was computed and that its due pieces drew `tokens`, one or more each; say what readers get."""
+    def accept(self, plan: Plan, tokens: list[list[int] | HerdError]) -> list[tuple[Sequence, ChatEvent | HerdError]]:
+        """Record that `plan` was computed and that its due pieces drew `tokens`, one or more each or none; say what readers get."""
         for piece in plan.pieces:
             if not piece.num_rows:
-                self.pages.computed(piece.sequence, piece.stop)
-        events = []
+                self._computed(piece.sequence, piece.stop)
+        events: list[tuple[Sequence, ChatEvent | HerdError]] = []
         for piece, drawn in zip(plan.due, tokens, strict=True):
             sequence = piece.sequence
+            if isinstance(drawn, HerdError):
+                events.append((sequence, drawn))
+                self.remove(sequence)
+                continue
             for token in drawn:
                 events += [(sequence, event) for event in sequence.accept(token)]
                 if sequence.finish:
                     break
-            self.pages.computed(sequence, len(sequence.tokens) - 1)  # drafts that were wrong are written over by what comes
+            self._computed(sequence, len(sequence.tokens) - 1)  # drafts that were wrong are written over by what comes
             self.num_drafted += len(piece.drafts)
             self.num_accepted += len(drawn) - 1
             sequence.lookup.learn(len(piece.drafts), len(drawn) - 1)
             if sequence.finish:
                 self.remove(sequence)
         return events
+
+    def _computed(self, sequence: Sequence, stop: int) -> None:
+        self.pages.computed(sequence, stop)
+        if self.shelf:
+            self.shelf.put(sequence)
 
     def learn(self, plan: Plan, seconds: float) -> None:
         """Take note of how long the computation of `plan` took."""
@@ -161,6 +172,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Let the first of the queue run if the rest of it would fit now, beside what the running lack; less would make others give way."""
+        if self.shelf:
+            self.shelf.restore(sequence)
         saved = self.pages.reuse(sequence)
         lacking = [self.pages.lacking(s, len(s.tokens)) for s in (*self.running, sequence)]
         full, local = (sum(pages) for pages in zip(*lacking, strict=True))

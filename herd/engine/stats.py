@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from herd.engine.disk import DiskStats
 from herd.engine.pages import PagePool
 
 
@@ -30,6 +31,8 @@ class Stats:
     full_pages: PoolStats  # of global layers
     local_pages: PoolStats
     hit_tokens: int  # taken over from the cache and not computed
+    restored_tokens: int  # read back from the disk into the cache
+    disk: DiskStats | None  # None where nothing is stored
     drafted_tokens: int  # guesses that were tested
     accepted_tokens: int  # guesses that were right
     num_steps: int

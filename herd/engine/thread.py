@@ -63,7 +63,7 @@ class _Loop:
         try:
             while self._read_inbox():
                 for sequence, event in self._engine.step():
-                    if isinstance(event, Done):
+                    if isinstance(event, Done | HerdError):
                         self._live.discard(sequence)
                     sequence.emit(event)
         except Exception as error:  # whatever it was, every reader must hear of it, and the server must stop saying that all is well
