@@ -5,7 +5,7 @@ guess costs little where a step waits for memory, and nothing that is wrong come
 step, the sequence's own sampler draws at every position, and guesses are kept while they are what was drawn. Replies are those without.
 Source: Saxena, "Prompt Lookup Decoding", 2023; the test of a guess by equality is speculative sampling for guesses without probabilities.
 
-How many are made is each sequence's own experience: twice as many after all were right, one more than were right after some, half as many
+How many are made is each sequence's own experience: twice as many after all were right, as many as were right after some, half as many
 after none; and after a single one that was wrong, a pause that doubles each time, so that free talk pays next to nothing.
 """
 
@@ -73,7 +73,7 @@ class Lookup:
         if num_accepted == num_drafted:
             self.size = min(self.most, 2 * self.size)
         elif num_accepted:
-            self.size = min(self.most, num_accepted + 1)
+            self.size = num_accepted
         else:
             self.size //= 2
         if num_accepted:

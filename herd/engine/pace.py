@@ -5,7 +5,7 @@ least squares of relative errors, so that a step that was slow for other reasons
 alike: they cannot tell the two apart, so each fit is drawn a little towards the one before.
 """
 
-LEAST_TOKENS = 4  # of prompts in a step, whatever that costs: a prompt must get on
+LEAST_TOKENS = 3  # of prompts in a step, whatever that costs: a prompt must get on
 MEMORY = 0.95  # weight of the last step's memory: about twenty steps are remembered
 PULL = 0.01  # weight of the fit before
 
