@@ -50,8 +50,8 @@ def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
         attend=Paged(
             pages.layers,
             [p.stop - p.start for p in pieces],
-            local=reach(pieces, pages, model.chunk_tokens, is_local=True) if model.local_layers else None,
-            full=reach(pieces, pages, None, is_local=False) if model.global_layers else None,
+            local=reach(pieces, pages, model.chunk_tokens, is_local=True) if pages.has_local else None,
+            full=reach(pieces, pages, None, is_local=False) if pages.has_full else None,
         ),
         features=torch.cat(seen) if seen else None,
         patches=torch.tensor(patches, dtype=torch.int64, device=device),
