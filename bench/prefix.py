@@ -85,7 +85,7 @@ def main() -> None:
         f"# The first token after {arguments.tokens:,} tokens that were computed before",
         "",
         f"Command: `python bench/prefix.py --tokens {arguments.tokens}`, seed 0. {cpu()}, {os.cpu_count()} cores, {warm.threads} threads.",
-        "Random int4 model: 8 layers of Cria's width, 2 of them global, chunk 8,192; keys and values in float32. Best of 5; files are warm.",
+        "Random int4 model: 8 layers of Cria's width, 2 of them global, chunk 8,192; float32 keys and values. Best of 5; files are warm.",
         "",
         "| | first token, ms | times sooner |",
         "|---|---|---|",

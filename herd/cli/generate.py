@@ -10,6 +10,7 @@ from herd.chat import Sampling
 from herd.engine.config import EngineConfig
 from herd.engine.local import load
 from herd.errors import UsageError
+from herd.model.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,8 @@ def run(options: Options) -> int:
     if len(options.words) not in (1, 2):
         raise UsageError(f"generate takes [MODEL] PROMPT, and got {len(options.words)} words", "put the prompt in quotes")
     name, prompt = options.words if len(options.words) == 2 else ("cria", options.words[0])
+    if len(options.words) == 1 and prompt in PRESETS:
+        raise UsageError(f"{prompt!r} is the name of a model, and there is no prompt", f'herd generate {prompt} "Once upon a time"')
     if prompt == "-":
         prompt = sys.stdin.read()
     model = load(name, config=options.engine)

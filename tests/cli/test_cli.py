@@ -186,6 +186,9 @@ def test_bad_checkpoints(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     ("args", "words"),
     [
         (("generate",), "words"),
+        (("generate", "cria"), "name of a model"),
+        (("bench", "tiny", "--decode", "1"), "decode is 1"),
+        (("bench", "tiny", "--prefill", "0"), "prefill is 0"),
         (("generate", "tiny", "a", "b"), "quotes"),
         (("generate", "tiny", "x" * 3000), "3,000 tokens"),
         (("generate", "tiny", "x", "--temperature", "7"), "temperature is 7"),
