@@ -259,7 +259,7 @@ void multiply(void* context, int64_t index, int) {
     const int count = int(std::min<int64_t>(kTile, part.tokens - t));
     float* y = part.y + t * part.stride;
     int64_t b = part.first;
-    if (p.path == kVnni)
+    if (p.path == kVnni && (count > kFew || part.x.parts == 2))  // what waits for memory alone reads it best in narrow registers
       for (; b + 2 <= part.last; b += 2) wide(part.weight, b, x, count, y, part.stride);
     for (; b < part.last; ++b) narrow(part.weight, b, x, count, y, part.stride);
   }
