@@ -31,9 +31,9 @@ HERD_TARGET inline f8 larger(f8 a, f8 b) { return a > b ? a : b; }
 HERD_TARGET inline float joined(f8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 
 HERD_TARGET inline float largest(f8 x) {
-  float out = x[0];
-  for (int i = 1; i < kLanes; ++i) out = std::max(out, x[i]);
-  return out;
+  x = larger(x, __builtin_shuffle(x, i8{4, 5, 6, 7, 0, 1, 2, 3}));
+  x = larger(x, __builtin_shuffle(x, i8{2, 3, 0, 1, 6, 7, 4, 5}));
+  return larger(x, __builtin_shuffle(x, i8{1, 0, 3, 2, 5, 4, 7, 6}))[0];
 }
 
 HERD_TARGET inline float dot(const float* a, const float* b, int64_t n) {  // n is a multiple of 8
@@ -140,49 +140,70 @@ HERD_TARGET inline void write_slot(const float* x, int64_t head_width, void* dat
   }
 }
 
-// out[r] (+)= a[r] . b for R rows, 16 columns: a [R, n], b [n, stride]
-template <int R, bool Continued>
-HERD_TARGET inline void rows_times(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n, float* out,
-                                   int64_t out_stride) {
-  f8 first[R], second[R];
-  for (int r = 0; r < R; ++r) {
-    first[r] = Continued ? load(out + r * out_stride) : all(0);
-    second[r] = Continued ? load(out + r * out_stride + kLanes) : all(0);
+// The keys of a block turned, [K, kKeys], from some column on.
+struct TurnedKeys {
+  const float* data;
+  HERD_TARGET inline TurnedKeys from(int64_t column) const { return {data + column}; }
+  HERD_TARGET inline f8 at(int64_t row, int lane) const { return load(data + row * kKeys + lane); }
+};
+
+// The values of a block, one in each slot, from some column on.
+template <int Kind>
+struct SlotValues {
+  const void* data;
+  const int64_t* starts;
+  const float* scales;
+  int64_t column = 0;
+  HERD_TARGET inline SlotValues from(int64_t next) const { return {data, starts, scales, next}; }
+  HERD_TARGET inline f8 at(int64_t row, int lane) const {
+    return load_as_float<Kind>(data, starts[row] + column + lane, all(Kind == kInt8 ? scales[row] : 0.0f));
   }
+};
+
+// out[r] (+)= a[r] . b for R rows and W * 8 columns: a [R, n], b [n, ...]
+template <int R, int W, bool Continued, class B>
+HERD_TARGET inline void rows_times(const float* a, int64_t a_stride, const B& b, int64_t n, float* out, int64_t out_stride) {
+  f8 sums[R][W];
+  for (int r = 0; r < R; ++r)
+    for (int w = 0; w < W; ++w) sums[r][w] = Continued ? load(out + r * out_stride + w * kLanes) : all(0);
   for (int64_t i = 0; i < n; ++i) {
-    const f8 left = load(b + i * b_stride), right = load(b + i * b_stride + kLanes);
-    for (int r = 0; r < R; ++r) {
-      const f8 x = all(a[r * a_stride + i]);
-      first[r] = fma(x, left, first[r]);
-      second[r] = fma(x, right, second[r]);
+    f8 x[R];
+    for (int r = 0; r < R; ++r) x[r] = all(a[r * a_stride + i]);
+    for (int w = 0; w < W; ++w) {
+      const f8 y = b.at(i, w * kLanes);
+      for (int r = 0; r < R; ++r) sums[r][w] = fma(x[r], y, sums[r][w]);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    store(out + r * out_stride, first[r]);
-    store(out + r * out_stride + kLanes, second[r]);
-  }
+  for (int r = 0; r < R; ++r)
+    for (int w = 0; w < W; ++w) store(out + r * out_stride + w * kLanes, sums[r][w]);
 }
 
-template <bool Continued>
-HERD_TARGET inline void some_rows_times(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t n,
-                                        float* out, int64_t out_stride) {
-  while (rows > 0) {
-    const int64_t take = rows > 6 ? 4 : rows > 5 ? 3 : rows;  // never one left over
-#define HERD_ROWS(R) rows_times<R, Continued>(a, a_stride, b, b_stride, n, out, out_stride)
-    switch (take) {
-      case 1: HERD_ROWS(1); break;
-      case 2: HERD_ROWS(2); break;
-      case 3: HERD_ROWS(3); break;
-      case 4: HERD_ROWS(4); break;
-      default: HERD_ROWS(5); break;
+// The same for any number of rows, and columns by 16 or 32: as many sums side by side as there are registers.
+template <bool Continued, class B>
+HERD_TARGET inline void product(int64_t rows, const float* a, int64_t a_stride, const B& b, int64_t n, int64_t columns, float* out,
+                                int64_t out_stride) {
+#define HERD_ROWS(R, W) rows_times<R, W, Continued>(a + r * a_stride, a_stride, b.from(c), n, out + r * out_stride + c, out_stride)
+  for (int64_t c = 0, wide; c < columns; c += wide) {
+    wide = rows <= 3 && c + 4 * kLanes <= columns ? 4 * kLanes : 2 * kLanes;
+    for (int64_t r = 0, take; r < rows; r += take) {
+      take = rows - r > 6 ? 4 : rows - r > 5 ? 3 : rows - r;  // never one left over
+      switch (wide == 4 * kLanes ? -take : take) {
+        case -1: HERD_ROWS(1, 4); break;
+        case -2: HERD_ROWS(2, 4); break;
+        case -3: HERD_ROWS(3, 4); break;
+        case 1: HERD_ROWS(1, 2); break;
+        case 2: HERD_ROWS(2, 2); break;
+        case 3: HERD_ROWS(3, 2); break;
+        case 4: HERD_ROWS(4, 2); break;
+        default: HERD_ROWS(5, 2); break;
+      }
     }
+  }
 #undef HERD_ROWS
-    rows -= take, a += take * a_stride, out += take * out_stride;
-  }
 }
 
-// 8 rows of 8 lanes, turned; row j of the outcome goes to out + j * stride.
-HERD_TARGET inline void store_turned(const f8* rows, float* out, int64_t stride) {
+// 8 rows of 8 lanes, turned.
+HERD_TARGET inline void turn(f8* rows) {
 #ifdef HERD_FMA
   __m256 a[8], b[8];
   for (int i = 0; i < 4; ++i) {
@@ -195,53 +216,73 @@ HERD_TARGET inline void store_turned(const f8* rows, float* out, int64_t stride)
       b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
     }
   for (int j = 0; j < 4; ++j) {
-    store(out + j * stride, _mm256_permute2f128_ps(b[j], b[j + 4], 0x20));
-    store(out + (j + 4) * stride, _mm256_permute2f128_ps(b[j], b[j + 4], 0x31));
+    rows[j] = _mm256_permute2f128_ps(b[j], b[j + 4], 0x20);
+    rows[j + 4] = _mm256_permute2f128_ps(b[j], b[j + 4], 0x31);
   }
 #else
   for (int j = 0; j < kLanes; ++j)
-    for (int i = 0; i < kLanes; ++i) out[j * stride + i] = rows[i][j];
+    for (int i = 0; i < j; ++i) std::swap(rows[i][j], rows[j][i]);
 #endif
 }
 
-// The keys of a block turned, [K, 16], and its values, [16, K], as floats. Past `count` the last key stands again, which no row sees.
-template <int Kind>
-HERD_TARGET void gather(const HerdPages& pages, int64_t head, int64_t head_width, const int64_t* slots, int64_t count, float* keys,
-                        float* values) {
-  constexpr int64_t kBytes = Kind == kFloat32 ? 4 : Kind == kBfloat16 ? 2 : 1;
-  for (int64_t j = kPrefetchKeys; j < std::min(count, kPrefetchKeys + kKeys); ++j) {  // into the second cache: see blocks.h
-    const int64_t next = (slots[j] + head * pages.page_tokens) * head_width * kBytes;
-    for (int64_t i = 0; i < head_width * kBytes; i += 64) {
-      __builtin_prefetch(static_cast<const char*>(pages.keys) + next + i, 0, 2);
-      __builtin_prefetch(static_cast<const char*>(pages.values) + next + i, 0, 2);
+// Where a block's keys and values start, those of the block after it, and the scales. Past `count` the last stands again, which no row sees.
+struct BlockOfSlots {
+  int64_t starts[kKeys], next[kKeys];
+  float key_scales[kKeys], value_scales[kKeys];
+
+  HERD_TARGET BlockOfSlots(const HerdPages& pages, int64_t head, int64_t head_width, const int64_t* slots, int64_t count) {
+    for (int64_t j = 0; j < kKeys; ++j) {
+      const int64_t slot = slots[std::min(j, count - 1)] + head * pages.page_tokens;
+      starts[j] = slot * head_width;
+      next[j] = (slots[std::min(j + kKeys, count - 1)] + head * pages.page_tokens) * head_width;
+      if (pages.kind == kInt8) key_scales[j] = pages.key_scales[slot], value_scales[j] = pages.value_scales[slot];
     }
   }
-  int64_t at[kKeys];
-  f8 key_scales[kKeys], value_scales[kKeys];
-  for (int64_t j = 0; j < kKeys; ++j) {
-    at[j] = (slots[std::min(j, count - 1)] + head * pages.page_tokens) * head_width;
-    if (Kind != kInt8) continue;
-    key_scales[j] = all(pages.key_scales[at[j] / head_width]);
-    value_scales[j] = all(pages.value_scales[at[j] / head_width]);
-  }
-  for (int64_t j = 0; j < kKeys; ++j)
-    for (int64_t i = 0; i < head_width; i += kLanes)
-      store(values + j * head_width + i, load_as_float<Kind>(pages.values, at[j] + i, value_scales[j]));
+};
+
+// The keys of a block as floats and turned, [K, kKeys]. Meanwhile the next block is fetched into the second cache (see blocks.h), bit by bit:
+// pages are too short for the machine to see where reading goes on.
+template <int Kind>
+HERD_TARGET inline void turn_keys(const BlockOfSlots& block, const HerdPages& pages, int64_t head_width, float* keys) {
+  constexpr int64_t kBytes = Kind == kFloat32 ? 4 : Kind == kBfloat16 ? 2 : 1;
   f8 rows[kLanes];
   for (int64_t j = 0; j < kKeys; j += kLanes)
-    for (int64_t i = 0; i < head_width; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) rows[lane] = load_as_float<Kind>(pages.keys, at[j + lane] + i, key_scales[j + lane]);
-      store_turned(rows, keys + i * kKeys + j, kKeys);
+    for (int64_t i = 0; i < head_width; i += Kind == kBfloat16 ? 2 * kLanes : kLanes) {
+      if (i * kBytes % 64 == 0)
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int64_t at = (block.next[j + lane] + i) * kBytes;
+          __builtin_prefetch(static_cast<const char*>(pages.keys) + at, 0, 2);
+          __builtin_prefetch(static_cast<const char*>(pages.values) + at, 0, 2);
+        }
+      if (Kind == kBfloat16) {  // turned as pairs, which are then taken apart
+        for (int lane = 0; lane < kLanes; ++lane)
+          std::memcpy(&rows[lane], static_cast<const uint16_t*>(pages.keys) + block.starts[j + lane] + i, sizeof(f8));
+        turn(rows);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          i8 pair;
+          std::memcpy(&pair, &rows[lane], sizeof pair);
+          const i8 even = pair << 16, odd = pair & int32_t(0xffff0000);
+          std::memcpy(keys + (i + 2 * lane) * kKeys + j, &even, sizeof even);
+          std::memcpy(keys + (i + 2 * lane + 1) * kKeys + j, &odd, sizeof odd);
+        }
+      } else {
+        for (int lane = 0; lane < kLanes; ++lane)
+          rows[lane] = load_as_float<Kind>(pages.keys, block.starts[j + lane] + i, all(Kind == kInt8 ? block.key_scales[j + lane] : 0.0f));
+        turn(rows);
+        for (int lane = 0; lane < kLanes; ++lane) store(keys + (i + lane) * kKeys + j, rows[lane]);
+      }
     }
 }
 
 // Softmax as it goes, over the keys of one span. State of a row: the largest score, 8 sums of weights, and [K] sums of weighted values.
 HERD_TARGET inline void weigh(float* scores, int64_t visible, float scale, int64_t head_width, SoftmaxRow& row, float* acc) {
+  constexpr int kVectors = kKeys / kLanes;
   const i8 order{0, 1, 2, 3, 4, 5, 6, 7};
-  const i8 shown[2] = {order < int32_t(visible), order + kLanes < int32_t(visible)};
-  f8 s[2];
-  for (int i = 0; i < 2; ++i) s[i] = shown[i] ? load(scores + i * kLanes) * scale : all(-INFINITY);
-  const float most = std::max(row.most, largest(larger(s[0], s[1])));
+  f8 s[kVectors];
+  for (int i = 0; i < kVectors; ++i) s[i] = order < int32_t(visible) - i * kLanes ? load(scores + i * kLanes) * scale : all(-INFINITY);
+  f8 larger_ones = s[0];
+  for (int i = 1; i < kVectors; ++i) larger_ones = larger(larger_ones, s[i]);
+  const float most = std::max(row.most, largest(larger_ones));
   f8 total = load(row.totals);
   if (most > row.most) {
     const float shrink = row.most == -INFINITY ? 0.0f : exp_down(all(row.most - most))[0];
@@ -249,34 +290,57 @@ HERD_TARGET inline void weigh(float* scores, int64_t visible, float scale, int64
     total = total * shrink;
     row.most = most;
   }
-  for (int i = 0; i < 2; ++i) {
-    s[i] = shown[i] ? exp_down(s[i] - most) : all(0);
+  for (int i = 0; i < kVectors; ++i) {
+    s[i] = order < int32_t(visible) - i * kLanes ? exp_down(s[i] - most) : all(0);
     total = total + s[i];
     store(scores + i * kLanes, s[i]);
   }
   store(row.totals, total);
 }
 
-// `rows` queries [rows, K] of one key/value head, row r at the end of visible[r] keys; keys [start, stop) of `slots`, start being where a
-// span starts. The blocks are the same whoever asks, so a row's result does not depend on the other rows.
-HERD_TARGET inline void attend_span(const float* q, int64_t rows, const int64_t* visible, int64_t head, int64_t head_width,
-                                    const HerdPages& pages, const int64_t* slots, int64_t start, int64_t stop, float* scratch,
-                                    SoftmaxRow* state, float* acc) {
+// The scores of a block's keys for `rows` queries, and what their values come to.
+template <int Kind>
+HERD_TARGET inline void attend_block(const float* q, int64_t rows, const int64_t* visible, int64_t at, int64_t head_width,
+                                     const HerdPages& pages, const BlockOfSlots& block, float* scratch, SoftmaxRow* state, float* acc) {
   float *keys = scratch, *values = keys + kKeys * head_width, *scores = values + kKeys * head_width;
+  turn_keys<Kind>(block, pages, head_width, keys);
+  product<false>(rows, q, head_width, TurnedKeys{keys}, head_width, kKeys, scores, kKeys);
   const float scale = 1.0f / std::sqrt(float(head_width));
-  for (int64_t r = 0; r < rows; ++r) state[r] = SoftmaxRow{};
-  std::memset(acc, 0, size_t(rows * head_width) * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) weigh(scores + r * kKeys, visible[r] - at, scale, head_width, state[r], acc + r * head_width);
+  const SlotValues<Kind> in_slots{pages.values, block.starts, block.value_scales};
+  if (Kind == kFloat32 || rows <= kFewRows) {
+    product<true>(rows, scores, kKeys, in_slots, kKeys, head_width, acc, head_width);
+    return;
+  }
+  int64_t starts[kKeys];  // many rows: as floats once
+  for (int64_t j = 0; j < kKeys; ++j) {
+    starts[j] = j * head_width;
+    for (int64_t i = 0; i < head_width; i += kLanes) store(values + starts[j] + i, in_slots.at(j, int(i)));
+  }
+  product<true>(rows, scores, kKeys, SlotValues<kFloat32>{values, starts, nullptr}, kKeys, head_width, acc, head_width);
+}
+
+// Queries [heads, rows, K] of key/value heads from `head` on, row r of each at the end of visible[r] keys; keys [start, stop) of `slots`, start
+// being where a span starts. States and accs go by `stride` rows from head to head. The blocks are the same whoever asks, so a row's result
+// does not depend on the other rows. Heads within blocks: the keys of a page, of all heads, are read as they lie.
+HERD_TARGET inline void attend_span(const float* q, int64_t rows, const int64_t* visible, int64_t head, int64_t heads, int64_t head_width,
+                                    const HerdPages& pages, const int64_t* slots, int64_t start, int64_t stop, float* scratch,
+                                    SoftmaxRow* states, float* accs, int64_t stride) {
+  const auto attend = pages.kind == kFloat32 ? attend_block<kFloat32> : pages.kind == kBfloat16 ? attend_block<kBfloat16> : attend_block<kInt8>;
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t r = 0; r < rows; ++r) states[h * stride + r] = SoftmaxRow{};
+    std::memset(accs + h * stride * head_width, 0, size_t(rows * head_width) * sizeof(float));
+  }
+  const int64_t total = visible[rows - 1];
   int64_t first = 0;  // rows before it see nothing of the block: rows see ever more
   for (int64_t at = start; at < stop; at += kKeys) {
-    const auto fetch = pages.kind == kFloat32 ? gather<kFloat32> : pages.kind == kBfloat16 ? gather<kBfloat16> : gather<kInt8>;
-    fetch(pages, head, head_width, slots + at, stop - at, keys, values);
     while (first < rows && visible[first] <= at) ++first;
-    const int64_t seeing = rows - first;
-    some_rows_times<false>(seeing, q + first * head_width, head_width, keys, kKeys, head_width, scores, kKeys);
-    for (int64_t r = first; r < rows; ++r)
-      weigh(scores + (r - first) * kKeys, visible[r] - at, scale, head_width, state[r], acc + r * head_width);
-    for (int64_t i = 0; i < head_width; i += kKeys)
-      some_rows_times<true>(seeing, scores, kKeys, values + i, head_width, kKeys, acc + first * head_width + i, head_width);
+    for (int64_t h = 0; h < heads; ++h) {
+      const BlockOfSlots block(pages, head + h, head_width, slots + at, total - at);
+      const int64_t row = h * stride + first;
+      attend(q + (h * rows + first) * head_width, rows - first, visible + first, at, head_width, pages, block, scratch, states + row,
+             accs + row * head_width);
+    }
   }
 }
 

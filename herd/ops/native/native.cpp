@@ -23,8 +23,9 @@ namespace {
 using namespace herd;
 
 enum Path { kPortable, kAvx2, kVnni };
-constexpr int64_t kKeys = 16;               // keys of a block of attention; a head is a multiple of this wide
-constexpr int64_t kPrefetchKeys = 64;       // how far ahead of their use keys are fetched
+constexpr int64_t kKeys = 32;               // keys of a block of attention
+constexpr int64_t kHeadStep = 16;           // a head is a multiple of this wide
+constexpr int64_t kFewRows = 8;             // queries that read values as they lie
 constexpr int64_t kQueries = 32;            // neighbouring tokens of a sequence that attend together
 constexpr int64_t kSpan = 256;             // keys that are summed up by themselves before spans are joined
 constexpr int64_t kMostHeadWidth = 512;

@@ -22,7 +22,7 @@ bool is_sound(const HerdPages& p, int64_t kv_heads) {
 
 bool is_sound(const HerdModel& m) {
   const int64_t D = m.width, H = m.heads, G = m.kv_heads, K = m.head_width;
-  if (D < 1 || H < 1 || G < 1 || K < 1 || D % kGroup || K % kKeys || K > kMostHeadWidth || H % G || H / G > kMostQueriesPerKey ||
+  if (D < 1 || H < 1 || G < 1 || K < 1 || D % kGroup || K % kHeadStep || K > kMostHeadWidth || H % G || H / G > kMostQueriesPerKey ||
       !fits(H, K) || H * K % kGroup || m.num_layers < 0 || !m.layers || m.activation_parts < 1 || m.activation_parts > 2 || !m.frequencies ||
       m.temperature_floor < 1)
     return false;

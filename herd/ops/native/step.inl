@@ -222,81 +222,90 @@ class Step {
   }
 
   // Tiles of queries by key/value heads; where these are too few to share out, as in the decoding of long contexts, also by spans of keys.
+  // Where tiles are small, several heads at once: memory is then read in order.
   void attend(const HerdLayer& layer) {
     const std::vector<QueryTile>& tiles = (layer.is_local ? local : full).tiles;
-    int64_t longest = 0, rows = 0;
+    int64_t longest = 0, most = 0;
     for (const QueryTile& tile : tiles) {
       longest = std::max(longest, tile.visible + tile.count - 1);
-      rows = std::max(rows, tile.count * (H / G));
+      most = std::max(most, tile.count);
     }
-    const int64_t num_spans = (longest + kSpan - 1) / kSpan, num_tiles = int64_t(tiles.size());
-    if (num_spans == 1 || num_tiles * G >= 8 * m.pool.size()) {
-      parallel(m.pool, num_tiles * G, [&](int64_t task, int worker) {
-        const QueryTile& tile = tiles[size_t(task / G)];
-        Rows r(*this, tile, task % G, worker);
-        const int64_t keys = tile.visible + tile.count - 1;
-        r.span(layer.pages, 0, std::min(keys, kSpan), r.state, r.acc);
+    const int64_t num_tiles = int64_t(tiles.size()), threads = m.pool.size(), rows = most * (H / G);
+    const bool by_spans = longest > kSpan && num_tiles * G < 8 * threads;
+    const int64_t num_spans = by_spans ? (longest + kSpan - 1) / kSpan : 1;
+    const int64_t heads = std::max<int64_t>(1, std::min({G, kQueries / most, num_tiles * num_spans * G / threads}));
+    const int64_t groups = (G + heads - 1) / heads;
+    const auto rows_of = [&](int64_t tile, int64_t group, int worker) {
+      return Rows(*this, tiles[size_t(tile)], group * heads, std::min(heads, G - group * heads), worker);
+    };
+    if (!by_spans) {
+      parallel(m.pool, num_tiles * groups, [&](int64_t task, int worker) {
+        Rows r = rows_of(task / groups, task % groups, worker);
+        const int64_t keys = r.tile.visible + r.tile.count - 1;
+        r.span(layer.pages, 0, std::min(keys, kSpan), r.states, r.accs, r.count);
         for (int64_t start = kSpan; start < keys; start += kSpan) {
-          r.span(layer.pages, start, std::min(keys, start + kSpan), r.later, r.later_acc);
-          for (int64_t i = 0; i < r.count; ++i) f.join_spans(r.state[i], r.acc + i * K, r.later[i], r.later_acc + i * K, K);
+          r.span(layer.pages, start, std::min(keys, start + kSpan), r.later, r.later_accs, r.count);
+          for (int64_t i = 0; i < r.count * r.heads; ++i) f.join_spans(r.states[i], r.accs + i * K, r.later[i], r.later_accs + i * K, K);
         }
-        r.finish(r.state, r.acc);
+        r.finish(r.states, r.accs, r.count);
       });
       return;
     }
-    states.resize(size_t(num_tiles * G * num_spans * rows));
+    states.resize(size_t(num_tiles * num_spans * G * rows));
     accs.resize(states.size() * size_t(K));
-    const auto place = [&](int64_t tile, int64_t g, int64_t span) { return size_t(((tile * G + g) * num_spans + span) * rows); };
-    parallel(m.pool, num_tiles * G * num_spans, [&](int64_t task, int worker) {
-      const int64_t i = task / (G * num_spans), g = task / num_spans % G, span = task % num_spans;
-      const QueryTile& tile = tiles[size_t(i)];
-      const int64_t start = span * kSpan, keys = tile.visible + tile.count - 1;
-      if (start >= keys) return void(std::fill_n(&states[place(i, g, span)], rows, SoftmaxRow{}));
-      Rows(*this, tile, g, worker)
-          .span(layer.pages, start, std::min(keys, start + kSpan), &states[place(i, g, span)], &accs[place(i, g, span) * size_t(K)]);
+    const auto place = [&](int64_t tile, int64_t span, int64_t group) { return size_t(((tile * num_spans + span) * G + group * heads) * rows); };
+    parallel(m.pool, num_tiles * num_spans * groups, [&](int64_t task, int worker) {
+      const int64_t i = task / groups / num_spans, span = task / groups % num_spans, group = task % groups, at = int64_t(place(i, span, group));
+      Rows r = rows_of(i, group, worker);
+      const int64_t start = span * kSpan, keys = r.tile.visible + r.tile.count - 1;
+      if (start >= keys) return void(std::fill_n(&states[size_t(at)], r.heads * rows, SoftmaxRow{}));
+      r.span(layer.pages, start, std::min(keys, start + kSpan), &states[size_t(at)], &accs[size_t(at * K)], rows);
     });
-    parallel(m.pool, num_tiles * G, [&](int64_t task, int worker) {
-      const int64_t i = task / G, g = task % G;
-      Rows r(*this, tiles[size_t(i)], g, worker);
-      SoftmaxRow* state = &states[place(i, g, 0)];
-      float* acc = &accs[place(i, g, 0) * size_t(K)];
+    parallel(m.pool, num_tiles * groups, [&](int64_t task, int worker) {
+      const int64_t i = task / groups, group = task % groups;
+      Rows r = rows_of(i, group, worker);
+      SoftmaxRow* first = &states[place(i, 0, group)];
+      float* acc = &accs[place(i, 0, group) * size_t(K)];
       for (int64_t span = 1; span < num_spans; ++span)
-        for (int64_t row = 0; row < r.count; ++row)
-          f.join_spans(state[row], acc + row * K, states[place(i, g, span) + size_t(row)],
-                       &accs[(place(i, g, span) + size_t(row)) * size_t(K)], K);
-      r.finish(state, acc);
+        for (int64_t row = 0; row < r.heads * rows; ++row) {
+          const size_t later = place(i, span, group) + size_t(row);
+          if (row % rows < r.count) f.join_spans(first[row], acc + row * K, states[later], &accs[later * size_t(K)], K);
+        }
+      r.finish(first, acc, rows);
     });
   }
 
-  // The queries of a tile that share a key/value head, and a worker's room for their work.
+  // The queries of a tile for some key/value heads, and a worker's room for their work.
   struct Rows {
-    Rows(Step& s, const QueryTile& tile, int64_t g, int worker)
-        : s(s), tile(tile), g(g), each(s.H / s.G), count(tile.count * each) {
+    Rows(Step& s, const QueryTile& tile, int64_t head, int64_t heads, int worker)
+        : s(s), tile(tile), head(head), heads(heads), each(s.H / s.G), count(tile.count * each) {
       const int64_t rows = kQueries * each;
       q = s.m.scratch[size_t(worker)].data();
-      acc = q + rows * s.K, later_acc = acc + rows * s.K;
-      state = reinterpret_cast<SoftmaxRow*>(later_acc + rows * s.K), later = state + rows;
+      accs = q + rows * s.K, later_accs = accs + rows * s.K;
+      states = reinterpret_cast<SoftmaxRow*>(later_accs + rows * s.K), later = states + rows;
       rest = reinterpret_cast<float*>(later + rows);
-      for (int64_t r = 0; r < count; ++r) {
-        std::memcpy(q + r * s.K, s.qkv + (tile.token + r / each) * s.W + (g * each + r % each) * s.K, size_t(s.K) * sizeof(float));
-        visible[r] = tile.visible + r / each;
-      }
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t r = 0; r < count; ++r) std::memcpy(q + (h * count + r) * s.K, s.qkv + place(h, r, s.W), size_t(s.K) * sizeof(float));
+      for (int64_t r = 0; r < count; ++r) visible[r] = tile.visible + r / each;
     }
 
-    void span(const HerdPages& pages, int64_t start, int64_t stop, SoftmaxRow* states, float* accs) {
-      s.f.attend_span(q, count, visible, g, s.K, pages, tile.slots, start, stop, rest, states, accs);
+    int64_t place(int64_t h, int64_t r, int64_t width) const { return (tile.token + r / each) * width + ((head + h) * each + r % each) * s.K; }
+
+    void span(const HerdPages& pages, int64_t start, int64_t stop, SoftmaxRow* out, float* out_accs, int64_t stride) {
+      s.f.attend_span(q, count, visible, head, heads, s.K, pages, tile.slots, start, stop, rest, out, out_accs, stride);
     }
 
-    void finish(const SoftmaxRow* states, const float* accs) {
-      for (int64_t r = 0; r < count; ++r)
-        s.f.finish_row(states[r], accs + r * s.K, s.K, s.attended + (tile.token + r / each) * s.H * s.K + (g * each + r % each) * s.K);
+    void finish(const SoftmaxRow* done, const float* done_accs, int64_t stride) {
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t r = 0; r < count; ++r)
+          s.f.finish_row(done[h * stride + r], done_accs + (h * stride + r) * s.K, s.K, s.attended + place(h, r, s.H * s.K));
     }
 
     Step& s;
     const QueryTile& tile;
-    const int64_t g, each, count;
-    float *q, *acc, *later_acc, *rest;
-    SoftmaxRow *state, *later;
+    const int64_t head, heads, each, count;
+    float *q, *accs, *later_accs, *rest;
+    SoftmaxRow *states, *later;
     int64_t visible[kQueries * kMostQueriesPerKey];
   };
 
