@@ -29,7 +29,7 @@ def native() -> Iterator[Kernels]:
 
 def paths(native: Kernels) -> Iterator[str]:
     """Every instruction set of this machine, chosen in turn."""
-    for path in ("portable", "avx2", "vnni"):
+    for path in ("portable", "avx2", "avxvnni", "vnni"):
         try:
             native.use_path(path)
         except UsageError:

@@ -47,7 +47,7 @@ def native() -> Iterator[Kernels]:
 def found(native: Kernels, logits: torch.Tensor, draw: Draw) -> set[int]:
     """What every instruction set of this machine draws."""
     tokens = set()
-    for path in ("portable", "avx2", "vnni"):
+    for path in ("portable", "avx2", "avxvnni", "vnni"):
         try:
             native.use_path(path)
         except UsageError:

@@ -4,7 +4,7 @@ They are built when herd is installed and a C++ compiler is there (`native.cpp`)
 definitions in `herd/ops/int4.py` and `herd/ops/sample.py`, which these are held equal to. The instruction set is chosen when the library is
 loaded; a result does not depend on it, nor on the number of threads, nor on what else is computed in the same call.
 
-HERD_NATIVE: "off", or a path to hold it to: "portable", "avx2", "vnni".
+HERD_NATIVE: "off", or a path to hold it to: "portable", "avx2", "avxvnni", "vnni".
 HERD_NATIVE_LIBRARY: a file to load in place of the one that was installed, as `make sanitize` does.
 """
 
@@ -23,7 +23,7 @@ from herd.ops.int4 import kind_of
 from herd.ops.native import tables
 from herd.ops.sample import Draw, not_numbers
 
-_PATHS = ("portable", "avx2", "vnni")
+_PATHS = ("portable", "avx2", "avxvnni", "vnni")
 _NOT_NUMBERS = 4
 _FAULTS = {1: "shapes that do not fit together", 2: "no memory", 3: "this machine has not the instructions"}
 
@@ -46,7 +46,7 @@ class Kernels:
 
     @property
     def path(self) -> str:
-        """The instruction set in use: "portable", "avx2" or "vnni"."""
+        """The instruction set in use: "portable", "avx2", "avxvnni" or "vnni"."""
         name: bytes = self._library.herd_path()
         return name.decode()
 

@@ -59,9 +59,27 @@ HERD_VNNI double peak_vnni() {
 }
 #endif
 
+#ifdef HERD_AVXVNNI
+HERD_AVXVNNI double peak_avxvnni() {
+  __m256i sums[12] = {}, a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(-5);
+  for (auto& sum : sums) asm volatile("" : "+x"(sum));
+  for (int64_t i = 0; i < kPeakRounds; ++i) {
+    for (auto& sum : sums) {
+      asm volatile("" : "+x"(a));
+      sum = avxvnni::Narrow::dot(sum, a, b);
+    }
+  }
+  for (auto& sum : sums) asm volatile("" : : "x"(sum));
+  return 12 * 32 * 2;
+}
+#endif
+
 double peak(Path path) {
 #ifdef HERD_X86
   if (path == kVnni) return peak_vnni();
+#ifdef HERD_AVXVNNI
+  if (path == kAvxVnni) return peak_avxvnni();
+#endif
   if (path == kAvx2) return peak_avx2();
 #endif
   (void)path;

@@ -22,7 +22,8 @@ namespace {
 
 using namespace herd;
 
-enum Path { kPortable, kAvx2, kVnni };
+enum Path { kPortable, kAvx2, kAvxVnni, kVnni };  // the later the better
+constexpr const char* kPathNames[] = {"portable", "avx2", "avxvnni", "vnni"};
 constexpr int64_t kKeys = 32;               // keys of a block of attention
 constexpr int64_t kHeadStep = 16;           // a head is a multiple of this wide
 constexpr int64_t kFewRows = 8;             // queries that read values as they lie
@@ -72,15 +73,30 @@ namespace avx2 {
 #undef HERD_FMA
 #endif
 
-Path best_path() {
+bool has(Path path) {
+  if (path == kPortable) return true;
 #ifdef HERD_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    return kVnni;
-  if (avx2) return kAvx2;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return false;
+  if (path == kAvx2) return true;
+  const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#if defined(HERD_AVXVNNI_AS_AVX512)
+  return vnni;
+#else
+  if (path == kVnni) return vnni;
+#ifdef HERD_AVXVNNI
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 16);  // bit 4: AVX-VNNI
 #endif
+#endif
+#endif
+  return false;
+}
+
+Path best_path() {
+  for (Path path : {kVnni, kAvxVnni, kAvx2})
+    if (has(path)) return path;
   return kPortable;
 }
 
@@ -215,7 +231,12 @@ Tiles tiles_for(Path path, const Blocks& w, bool is_wide) {
 #define HERD_TILES(bits, minimum) tiles_avx2<bits, minimum, Parts>
   if (path == kAvx2) return HERD_KINDS(HERD_TILES);
 #undef HERD_TILES
-#define HERD_TILES(bits, minimum) (is_wide ? tiles_vnni<Wide, bits, minimum, Parts> : tiles_vnni<Narrow, bits, minimum, Parts>)
+#ifdef HERD_AVXVNNI
+#define HERD_TILES(bits, minimum) avxvnni::tiles<avxvnni::Narrow, bits, minimum, Parts>
+  if (path == kAvxVnni) return HERD_KINDS(HERD_TILES);
+#undef HERD_TILES
+#endif
+#define HERD_TILES(bits, minimum) (is_wide ? vnni::tiles<vnni::Wide, bits, minimum, Parts> : vnni::tiles<vnni::Narrow, bits, minimum, Parts>)
   if (path == kVnni) return HERD_KINDS(HERD_TILES);
 #undef HERD_TILES
 #undef HERD_KINDS
@@ -300,24 +321,18 @@ void embed(const Blocks& w, int64_t row, float* out) {
 
 extern "C" {
 
-// "portable", "avx2" or "vnni": what products run on.
-const char* herd_path() {
-  static const char* const names[] = {"portable", "avx2", "vnni"};
-  return names[machine().path];
-}
+// One of kPathNames: what products run on.
+const char* herd_path() { return kPathNames[machine().path]; }
 
 // Choose a path, for tests and comparisons; the machine must have it.
 int herd_use_path(const char* name) {
   Machine& m = machine();
   std::lock_guard<std::mutex> lock(m.busy);
-  for (Path path : {kPortable, kAvx2, kVnni}) {
-    if (!name) break;
-    static const char* const names[] = {"portable", "avx2", "vnni"};
-    if (!std::strcmp(name, names[path]) && path <= best_path()) {
+  for (Path path : {kPortable, kAvx2, kAvxVnni, kVnni})
+    if (name && !std::strcmp(name, kPathNames[path]) && has(path)) {
       m.path = path;
       return kOk;
     }
-  }
   return kNoPath;
 }
 
