@@ -23,7 +23,7 @@ class EngineConfig:
     draft_tokens: int = 8  # guesses at a reply's next tokens that one step may test; 0: none
     kv: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # numbers that keys and values are kept in; auto: those of the computation
     activation_bits: Literal[0, 8, 16] = 0  # that 4-bit and 8-bit weights meet on a CPU; 0: 8 in wide models, 16 in narrow ones
-    threads: int = 0  # CPU threads of the native kernels; 0: as many as this process may use
+    threads: int = 0  # CPU threads of the native kernels, which all engines of a process share; 0: as many as it may use
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "step_tokens", "page_tokens"):

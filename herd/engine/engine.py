@@ -49,11 +49,9 @@ class Engine:
         self.scheduler = Scheduler(config, self.pages, self.shelf)
         self.runner = Runner(model, self.pages)
         self.watch = Watch(clock)
-        self.threads = config.threads or default_threads()
         self.activation_bits = activation_bits(model)
         native = kernels()
-        if native is not None:
-            native.use_threads(self.threads)  # one pool serves all engines of a process; the last to be made decides
+        self.threads = config.threads or default_threads() if native is None else native.share(self, config.threads)
 
     @property
     def context_tokens(self) -> int:
