@@ -12,7 +12,7 @@ class EngineConfig:
     """How much an engine may hold and do at once."""
 
     context_tokens: int | None = None  # longest sequence, prompt and reply together; None: the model's, or what kv_gib holds
-    kv_gib: float = 2.0  # GiB for keys and values of all sequences
+    kv_gib: float = 2.0  # GiB for keys and values of all sequences, of each model where there are several
     max_sequences: int = 16  # sequences that are computed at once; more wait
     step_tokens: int = 512  # tokens of one step: every decoding sequence takes one, prefill gets the rest
     page_tokens: int = 16  # tokens per page; must divide the model's chunk

@@ -128,6 +128,11 @@ class Engine:
         self.watch.lap("accept")
         return events
 
+    def close(self) -> None:
+        """Write what waits for the disk, and end the thread that does. The engine is of no use any more."""
+        if self.shelf:
+            self.shelf.store.close()
+
     def stats(self) -> Stats:
         """What it holds now and has done so far. Numbers may be a step apart when asked from another thread."""
         scheduler = self.scheduler

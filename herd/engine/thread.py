@@ -4,28 +4,33 @@ import atexit
 import queue
 import threading
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from herd.chat import Done
 from herd.engine.engine import Engine
+from herd.engine.memory import sweep
 from herd.engine.sequence import Sequence
 from herd.errors import HerdError
 from herd.log import log
 
 Inbox = queue.SimpleQueue[tuple[bool, Sequence] | None]  # (is new, sequence); None ends the thread
+MayGo = weakref.WeakMethod[Callable[[], float]]  # asked when there is nothing to do: 0 to end, else the seconds after which to ask again
 
 
 class EngineThread:
     """A handle on the thread. When the handle goes, or the program ends, the thread ends after the step that it is in."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
+    def __init__(self, engine: Engine, name: str, may_go: MayGo | None = None) -> None:
         self.engine = engine
-        self._loop = _Loop(engine)
-        thread = threading.Thread(target=self._loop.run, name=f"herd-{name}", daemon=True)
-        thread.start()
+        self._loop = _Loop(engine, may_go)
+        self.thread = threading.Thread(target=self._loop.run, name=f"herd-{name}", daemon=True)
+        self._loop.at_exit = partial(_at_exit, self._loop, self.thread)
+        atexit.register(self._loop.at_exit)  # python must not end under a thread that is inside a kernel
+        self.thread.start()
         weakref.finalize(self, self._loop.inbox.put, None).atexit = False
-        atexit.register(_end, self._loop.inbox, thread)  # python must not end under a thread that is inside a kernel
 
     @property
     def failure(self) -> HerdError | None:
@@ -42,27 +47,49 @@ class EngineThread:
         """Stop computing and free all that it held. No harm if it has ended."""
         self._loop.inbox.put((False, sequence))
 
+    def close(self) -> None:
+        """End the thread after its step, and free what the engine held. The handle is of no use any more."""
+        del self.engine
+        self._loop.inbox.put(None)
+        self.thread.join()
 
-def _end(inbox: Inbox, thread: threading.Thread) -> None:
-    inbox.put(None)
+
+def _at_exit(loop: "_Loop", thread: threading.Thread) -> None:
+    loop.is_last = True
+    loop.inbox.put(None)
     thread.join()
 
 
 class _Loop:
     """What the thread runs. It knows nothing of its handle, so that the handle can go."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, may_go: MayGo | None) -> None:
         self.inbox: Inbox = queue.SimpleQueue()
         self.failure: HerdError | None = None
-        self._engine = engine
+        self.at_exit: Callable[[], None] = lambda: None
+        self.is_last = False  # the program ends, and its memory with it
+        self._engine: Engine | None = engine
+        self._may_go = may_go
         self._live: set[Sequence] = set()
 
     def run(self) -> None:
-        if self._engine.runner.whole is not None:
+        try:
+            assert self._engine is not None
+            self._compute(self._engine)
+            self._engine.close()
+        finally:
+            self._engine = None
+            self._live.clear()
+            atexit.unregister(self.at_exit)  # it would keep all this for the rest of the process
+            if not self.is_last:
+                sweep()
+
+    def _compute(self, engine: Engine) -> None:
+        if engine.runner.whole is not None:
             torch.set_num_threads(1)  # of this thread: what is left to torch is small, and a second pool would fight for the cores
         try:
-            while self._read_inbox():
-                for sequence, event in self._engine.step():
+            while self._read_inbox(engine):
+                for sequence, event in engine.step():
                     if isinstance(event, Done | HerdError):
                         self._live.discard(sequence)
                     sequence.emit(event)
@@ -76,11 +103,11 @@ class _Loop:
                 if is_new:
                     sequence.emit(self.failure)
 
-    def _read_inbox(self) -> bool:
+    def _read_inbox(self, engine: Engine) -> bool:
         """Take in what has been handed over, and wait for something when there is nothing to compute; False when the thread is to end."""
-        scheduler = self._engine.scheduler
+        scheduler = engine.scheduler
         while scheduler.is_idle or not self.inbox.empty():
-            letter = self.inbox.get()
+            letter = self._next_letter()
             if letter is None:
                 return False
             is_new, sequence = letter
@@ -91,3 +118,17 @@ class _Loop:
                 scheduler.remove(sequence)
                 self._live.discard(sequence)
         return True
+
+    def _next_letter(self) -> tuple[bool, Sequence] | None:
+        """The next from the inbox, waiting for it; None where the thread may go instead."""
+        while self._may_go is not None and self.inbox.empty():
+            ask = self._may_go()
+            left_s = ask() if ask is not None else 0.0
+            del ask
+            if not left_s:
+                return None
+            try:
+                return self.inbox.get(timeout=left_s)
+            except queue.Empty:
+                continue
+        return self.inbox.get()

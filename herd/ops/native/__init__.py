@@ -75,8 +75,9 @@ class Kernels:
             if not self._sharing:
                 self._use(count or self._chosen)
             elif count not in (0, self.threads):
+                about = f"{len(self._sharing)} run on its {self.threads} threads"
                 raise UsageError(
-                    f"threads is {count}; the engines of a process share one pool, and {len(self._sharing)} run on its {self.threads} threads",
+                    f"threads is {count}; the engines of a process share one pool, and {about}",
                     "leave threads out, or let go of the other models first",
                     param="threads",
                 )
