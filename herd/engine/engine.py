@@ -135,17 +135,24 @@ class Engine:
 
     def stats(self) -> Stats:
         """What it holds now and has done so far. Numbers may be a step apart when asked from another thread."""
-        scheduler = self.scheduler
+        scheduler, tally = self.scheduler, self.scheduler.tally
         return Stats(
             num_waiting=len(scheduler.waiting),
             num_running=len(scheduler.running),
+            num_finished=dict(tally.finished),
+            num_aborted=tally.aborted,
+            num_failed=tally.failed,
+            num_preempted=tally.preempted,
+            prompt_tokens=tally.prompt_tokens,
+            generated_tokens=tally.generated_tokens,
+            computed_tokens=tally.computed_tokens,
             full_pages=PoolStats.of(self.pages.full),
             local_pages=PoolStats.of(self.pages.local),
-            hit_tokens=scheduler.num_hits,
+            hit_tokens=tally.hit_tokens,
             restored_tokens=self.shelf.num_restored if self.shelf else 0,
             disk=self.shelf.store.stats() if self.shelf else None,
-            drafted_tokens=scheduler.num_drafted,
-            accepted_tokens=scheduler.num_accepted,
+            drafted_tokens=tally.drafted_tokens,
+            accepted_tokens=tally.accepted_tokens,
             num_steps=self.watch.num_steps,
             seconds=dict(self.watch.seconds),
         )
