@@ -21,6 +21,7 @@ from herd.engine.scheduler import Piece, Scheduler
 from herd.engine.sequence import Emit, Sequence
 from herd.engine.shelf import Shelf
 from herd.engine.stats import PoolStats, Stats, Watch
+from herd.engine.trace import Trace
 from herd.errors import ContextError, HerdError, PromptError
 from herd.model.llama4 import Llama4
 from herd.model.swap import activation_bits
@@ -49,6 +50,7 @@ class Engine:
         self.scheduler = Scheduler(config, self.pages, self.shelf)
         self.runner = Runner(model, self.pages)
         self.watch = Watch(clock)
+        self.trace: Trace | None = None  # where steps are noted, if somebody wants to know
         self.activation_bits = activation_bits(model)
         native = kernels()
         self.threads = config.threads or default_threads() if native is None else native.share(self, config.threads)
@@ -103,6 +105,7 @@ class Engine:
             lookup=Lookup(self.config.draft_tokens),
             chain=Chain(page_tokens=self.config.page_tokens, salt=salt, images=images),
             emit=emit,
+            arrived=self.watch.clock(),
         )
 
     def advised(self, sampling: Sampling) -> Sampling:
@@ -126,10 +129,22 @@ class Engine:
         self.scheduler.learn(plan, seconds + self.watch.lap("sample"))
         events = self.scheduler.accept(plan, tokens)
         self.watch.lap("accept")
+        if self.trace:
+            self.trace.step(self.scheduler, self.watch, plan, tokens, events)
         return events
 
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence away before its end and free all that it held. No harm if it has ended."""
+        self.scheduler.remove(sequence)
+        if self.trace:
+            self.trace.aborted(sequence, self.watch.clock())
+            if self.scheduler.is_idle:
+                self.trace.flush()
+
     def close(self) -> None:
-        """Write what waits for the disk, and end the thread that does. The engine is of no use any more."""
+        """Write what waits for the disk or the trace, and end the threads that do. The engine is of no use any more."""
+        if self.trace:
+            self.trace.flush()
         if self.shelf:
             self.shelf.store.close()
 

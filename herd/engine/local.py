@@ -26,6 +26,7 @@ from herd.engine.resident import Resident, State, Stay
 from herd.engine.sequence import Sequence
 from herd.engine.stats import Stats
 from herd.engine.thread import EngineThread
+from herd.engine.trace import TraceFile
 from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError, nearest
 from herd.log import log
 from herd.model.config import ModelConfig
@@ -344,6 +345,7 @@ def load(
     config: EngineConfig | None = None,
     idle_s: float = 0.0,
     lazy: bool = False,
+    trace: TraceFile | None = None,
     **choices: Any,
 ) -> Model:
     """Load a model and start its engine. Several may be loaded: each has its own keys and values, and they take turns at the CPU's threads.
@@ -353,6 +355,7 @@ def load(
     device: "cpu", "cuda", ...; a GPU where there is one.
     idle_s: seconds without a request after which it is unloaded, until the next one; 0: never.
     lazy: the checkpoint is only opened and checked, and loaded by the first request.
+    trace: where to note what every step did; several models may share one.
     choices: fields of `EngineConfig`, in place of a whole `config`.
     Raises `ModelNotFound`, `CheckpointError` or `UsageError`.
     """
@@ -361,7 +364,7 @@ def load(
         if choice not in known:
             hint = nearest(choice, known) or f"there are: {', '.join(known)}"
             raise UsageError(f"there is no engine choice {choice!r}", hint, param=choice)
-    engine = partial(open_engine, name, dtype=dtype, device=device, config=replace(config or EngineConfig(), **choices))
+    engine = partial(open_engine, name, dtype=dtype, device=device, config=replace(config or EngineConfig(), **choices), trace=trace)
     model = Model(Resident(short_name(name), engine, idle_s=idle_s))
     if lazy:
         open_model(name)
@@ -376,13 +379,22 @@ def short_name(name: str | Path) -> str:
     return path.stem if path.suffix == ".gguf" else path.name
 
 
-def open_engine(name: str | Path, *, config: EngineConfig, dtype: torch.dtype | None = None, device: str | None = None) -> Engine:
+def open_engine(
+    name: str | Path,
+    *,
+    config: EngineConfig,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    trace: TraceFile | None = None,
+) -> Engine:
     """The engine of a model, not yet running: for who wants to step it himself. Arguments and errors as for `load`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, source = load_model(name, dtype=dtype, device=device, activation_bits=config.activation_bits)
     tokenizer = tokenizer_of(source.files)
     hand_back()  # parsing a vocabulary leaves tens of megabytes of holes
-    return Engine(model, tokenizer, config, _store(name, model, source, config))
+    engine = Engine(model, tokenizer, config, _store(name, model, source, config))
+    engine.trace = trace.engine(short_name(name)) if trace else None
+    return engine
 
 
 def _store(name: str | Path, model: Llama4, source: Source, config: EngineConfig) -> DiskStore | None:

@@ -70,15 +70,16 @@ class Watch:
     clock: Callable[[], float] = time.perf_counter  # seconds, from anywhere
     num_steps: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "see", "run", "sample", "accept"), 0.0))
-    _last: float = 0.0
+    marks: list[float] = field(default_factory=list)  # of the last step: its start, and the ends of its parts
 
     def start(self) -> None:
         """A step begins."""
         self.num_steps += 1
-        self._last = self.clock()
+        self.marks = [self.clock()]
 
     def lap(self, part: str) -> float:
         """A part of it ends; its seconds."""
-        last, self._last = self._last, self.clock()
-        self.seconds[part] += self._last - last
-        return self._last - last
+        self.marks.append(self.clock())
+        seconds = self.marks[-1] - self.marks[-2]
+        self.seconds[part] += seconds
+        return seconds

@@ -115,7 +115,7 @@ class _Loop:
                 scheduler.add(sequence)
                 self._live.add(sequence)
             elif sequence in self._live:
-                scheduler.remove(sequence)
+                engine.remove(sequence)
                 self._live.discard(sequence)
         return True
 
