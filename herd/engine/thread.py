@@ -89,10 +89,7 @@ class _Loop:
             torch.set_num_threads(1)  # of this thread: what is left to torch is small, and a second pool would fight for the cores
         try:
             while self._read_inbox(engine):
-                for sequence, event in engine.step():
-                    if isinstance(event, Done | HerdError):
-                        self._live.discard(sequence)
-                    sequence.emit(event)
+                self._step(engine)
         except Exception as error:  # whatever it was, every reader must hear of it, and the server must stop saying that all is well
             log.exception("the engine has stopped")
             self.failure = HerdError(f"the engine has stopped: {type(error).__name__}: {error}", "restart herd; its log has the details")
@@ -103,20 +100,31 @@ class _Loop:
                 if is_new:
                     sequence.emit(self.failure)
 
+    # What follows is in functions of its own so that a thread which waits holds no sequence that has ended in a variable.
+
+    def _step(self, engine: Engine) -> None:
+        for sequence, event in engine.step():
+            if isinstance(event, Done | HerdError):
+                self._live.discard(sequence)
+            sequence.emit(event)
+
     def _read_inbox(self, engine: Engine) -> bool:
         """Take in what has been handed over, and wait for something when there is nothing to compute; False when the thread is to end."""
-        scheduler = engine.scheduler
-        while scheduler.is_idle or not self.inbox.empty():
-            letter = self._next_letter()
-            if letter is None:
+        while engine.scheduler.is_idle or not self.inbox.empty():
+            if not self._take_in(engine, self._next_letter()):
                 return False
-            is_new, sequence = letter
-            if is_new:
-                scheduler.add(sequence)
-                self._live.add(sequence)
-            elif sequence in self._live:
-                engine.remove(sequence)
-                self._live.discard(sequence)
+        return True
+
+    def _take_in(self, engine: Engine, letter: tuple[bool, Sequence] | None) -> bool:
+        if letter is None:
+            return False
+        is_new, sequence = letter
+        if is_new:
+            engine.scheduler.add(sequence)
+            self._live.add(sequence)
+        elif sequence in self._live:
+            engine.remove(sequence)
+            self._live.discard(sequence)
         return True
 
     def _next_letter(self) -> tuple[bool, Sequence] | None:
