@@ -1,6 +1,7 @@
 """The one bridge from the outside to engines: `herd.load` and its `Model` for Python, and the async `Backend` of the server."""
 
 import asyncio
+import json
 import queue
 from collections.abc import AsyncGenerator, Iterator
 from collections.abc import Sequence as ListLike
@@ -323,7 +324,8 @@ class Local:
             prompt = await asyncio.wrap_future(self._cutting.submit(model.prompt, request.messages))
         else:
             prompt = await asyncio.to_thread(model.prompt, request.messages)
-        sequence = thread.engine.sequence(prompt, request.sampling, emit)
+        salt = json.dumps(request.cache_salt).encode() if request.cache_salt else b""
+        sequence = thread.engine.sequence(prompt, request.sampling, emit, salt)
         thread.submit(sequence)
         try:
             while True:
