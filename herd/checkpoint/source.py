@@ -160,6 +160,10 @@ class Region:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) by plain reads. Raises `CheckpointError` when the file ends too early."""
         out = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
@@ -178,12 +182,11 @@ class Region:
 
     def view(self) -> Tensor:
         """The whole tensor over the mapped file: pages come when touched; a write stays in this process."""
-        num_bytes = math.prod(self.shape) * self.dtype.itemsize
         first = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < self.offset + num_bytes:
+            if os.fstat(file.fileno()).st_size < self.offset + self.num_bytes:
                 raise CheckpointError(f"{self.path} ends before the tensor at {self.offset:,} does", "fetch the file again")
-            pages = _mapped(file.fileno(), first, self.offset - first + num_bytes)
+            pages = _mapped(file.fileno(), first, self.offset - first + self.num_bytes)
         return torch.frombuffer(pages, dtype=self.dtype, count=math.prod(self.shape), offset=self.offset - first).view(self.shape)
 
     def stored(self) -> Stored:
