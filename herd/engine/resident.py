@@ -107,10 +107,10 @@ class Resident:
             with self._guard:
                 if self._stays:
                     return False
-                thread, self._thread = self._thread, None
-            if thread is not None:
-                thread.close()
-            elif self._going is not None:
+                if self._thread is not None:
+                    self._thread.end()
+                    self._going, self._thread = self._thread.thread, None
+            if self._going is not None:
                 self._going.join()
         return True
 

@@ -47,11 +47,9 @@ class EngineThread:
         """Stop computing and free all that it held. No harm if it has ended."""
         self._loop.inbox.put((False, sequence))
 
-    def close(self) -> None:
-        """End the thread after its step, and free what the engine held. The handle is of no use any more."""
-        del self.engine
+    def end(self) -> None:
+        """End the thread after its step. What the engine held is freed when nobody refers to this handle any more."""
         self._loop.inbox.put(None)
-        self.thread.join()
 
 
 def _at_exit(loop: "_Loop", thread: threading.Thread) -> None:

@@ -23,7 +23,7 @@ def checkpoint(folder: Path, seed: int) -> Path:
 
 
 def test_a_checkpoint_that_is_served_may_be_replaced(tmp_path: Path) -> None:
-    """The folder is moved away and deleted and another takes its name: replies go on as they were, and the next load has the new weights."""
+    """The folder is moved and deleted and another takes its name: replies go on as they were, and the next load has the new weights."""
     served, other = checkpoint(tmp_path / "model", 0), checkpoint(tmp_path / "new", 1)
     model = herd.load(served, kv_gib=0.01)
     before, wanted = said(model), said(herd.load(other, kv_gib=0.01))

@@ -254,7 +254,8 @@ def test_a_lazy_model_is_checked_at_the_start(tmp_path: Path) -> None:
 
 def test_a_server_of_several_models(opened: Callable[..., Model]) -> None:
     """Listed, chosen by name, loaded by the first request, streamed or not; an unknown name is a 404 with the nearest."""
-    models = [opened(Opener(), name, idle_s=0.3) for name in ("alpaca", "guanaco")]
+    now = 0.0
+    models = [opened(Opener(), name, idle_s=0.1, clock=lambda: now) for name in ("alpaca", "guanaco")]
     backend = Local(models)
     with live(backend, is_healthy=backend.is_healthy, states=backend.states) as server:
         listed = [entry["id"] for entry in server.http.get("/v1/models").json()["data"]]
@@ -268,5 +269,6 @@ def test_a_server_of_several_models(opened: Callable[..., Model]) -> None:
         assert reply.json()["model"] == "alpaca" and reply.json()["usage"]["completion_tokens"] == 9
         error = server.chat("hey", model="guanako").json()["error"]
         assert error["code"] == "model_not_found" and error["param"] == "model" and "did you mean 'guanaco'?" in error["message"]
+        now = 1.0
         assert until(lambda: set(backend.states().values()) == {"unloaded"})
         assert server.chat("hey", model="alpaca", **fields).json()["choices"] == reply.json()["choices"]

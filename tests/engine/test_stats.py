@@ -52,7 +52,7 @@ def test_seconds_are_those_of_the_clock(tiny: Model) -> None:
 def test_totals_are_those_of_the_events(tiny: Model) -> None:
     """Starved of pages, some taken away, some failing: every sequence is counted once, and tokens are those that readers were told of."""
     rng = random.Random(3)
-    engine = make_engine(tiny, max_sequences=4, context_tokens=96, step_tokens=24, draft_tokens=4)
+    engine = make_engine(tiny, max_sequences=4, context_tokens=96, step_tokens=24, draft_tokens=4, pace=0)
     shrink(engine, full=30, local=9)
     planned, plans = 0, engine.scheduler.next
 

@@ -55,7 +55,7 @@ def run(engine: Engine) -> list[tuple[Any, Any]]:
 
 def test_slices_nest_and_sum_to_the_seconds_of_steps(tiny: Model, tmp_path: Path) -> None:
     file = TraceFile(tmp_path / "trace.json")
-    engine = make_engine(tiny, max_sequences=3, context_tokens=96, step_tokens=24)
+    engine = make_engine(tiny, max_sequences=3, context_tokens=96, step_tokens=24, pace=0)
     shrink(engine, full=28, local=9)
     engine.trace = file.engine("tiny")
     rng = random.Random(0)
