@@ -21,6 +21,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx2
@@ -47,7 +48,7 @@ from .test_resident import until
 SECONDS = float(os.environ.get("SOAK_S", "2"))
 WINDOW_S = min(60.0, max(0.5, SECONDS / 60))
 READERS = 6
-GROWTH = 0.02 if SECONDS >= 60 else 0.05  # of resident memory after the warm-up
+DRIFT, NOISE = 0.02, 0.05  # of resident memory after the warm-up: from its first third to its last, and of any one time
 LIMIT_BYTES = 600_000  # of chunks on the disk
 CHOICES = {
     "context_tokens": 320,
@@ -262,8 +263,7 @@ def test_soak(tmp_path: Path) -> None:
         warm = len(history) // (2 if SECONDS < 60 else 5)
         assert all(each == names[1] for each in names[1:]), names
         assert max(fds[warm:]) <= max(fds[:warm])
-        before = max(history[:warm])
-        assert max(history[warm:]) < before * (1 + GROWTH), [f"{each / 1e6:.1f}" for each in history]
+        check_memory(history[:warm], history[warm:])
         assert not done["failed"] and soak.counts["checked"] and done["loaded"] >= len(history)
         if SECONDS >= 60:  # else chance may have left something out
             for what in ("gave way", "evicted", "chunks from the disk", "chunks evicted there", "guesses right"):
@@ -307,6 +307,14 @@ def count_what_it_did(model: Model, total: Counter[str]) -> None:
         return engine
 
     model._resident._open = made
+
+
+def check_memory(before: list[int], after: list[int]) -> None:
+    """Flat: what the allocator keeps of an engine that went differs by a few percent from one time to the next, but it does not drift."""
+    shown = [f"{each / 1e6:.1f}" for each in (*before, *after)]
+    assert max(after) < max(before) * (1 + NOISE), shown
+    if (third := len(after) // 3) >= 5:
+        assert median(after[-third:]) < median(after[:third]) * (1 + DRIFT), shown
 
 
 def check_folder(folder: Path) -> None:
