@@ -9,7 +9,7 @@ ARGS   ?=
 NATIVE    := $(wildcard herd/ops/native/*.cpp herd/ops/native/*.h herd/ops/native/*.inl)
 SANITIZED := build/sanitize/kernels.so
 
-.PHONY: serve test check format sanitize clean
+.PHONY: serve test check format sanitize soak clean
 
 serve: $(VENV)/serve.stamp
 	@$(BIN)/herd pull cria >/dev/null
@@ -38,6 +38,10 @@ sanitize: $(SANITIZED) $(VENV)/test.stamp
 $(SANITIZED): $(NATIVE)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -pthread -shared -fPIC -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -o $@ herd/ops/native/native.cpp
+
+# an hour of random traffic over HTTP and from Python: nothing may leak, replies stay what they are
+soak: $(VENV)/test.stamp
+	SOAK_S=$(or $(SOAK_S),3600) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/engine/test_soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build/sanitize

@@ -76,6 +76,7 @@ class ChatRequest:
     model: str  # a name that the backend serves
     messages: tuple[Message, ...]
     sampling: Sampling = field(default_factory=Sampling)
+    cache_salt: tuple[str, ...] = ()  # only requests with the same words share what was computed of their prompts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,6 +72,25 @@ def test_an_image_is_seen(tiny: Model, client: openai.OpenAI) -> None:
     assert ask(client, content) == want
 
 
+def test_prompt_cache_key_keeps_prefixes_apart(tiny: Model, client: openai.OpenAI) -> None:
+    """What was computed under one key is not taken over under another, nor without one; the reply is the same."""
+    text = "a prompt over several pages, so that there is something to take over, asked again and again"
+
+    def asked(**fields: str) -> tuple[int, str | None]:
+        messages = [{"role": "user", "content": text}]
+        reply = client.chat.completions.create(model="tiny", messages=messages, temperature=0, max_tokens=8, **fields)  # type: ignore[call-overload]
+        details = reply.usage.prompt_tokens_details
+        return details.cached_tokens if details else 0, reply.choices[0].message.content
+
+    first = asked(prompt_cache_key="ann")
+    assert first[0] == 0
+    for fields in ({"prompt_cache_key": "bob"}, {}, {"prompt_cache_key": ""}):
+        assert asked(**fields) == first
+    for fields in ({"prompt_cache_key": "ann"}, {"prompt_cache_key": "bob"}, {}, {"prompt_cache_key": ""}):
+        cached, reply = asked(**fields)
+        assert cached >= 64 and reply == first[1]
+
+
 def test_many_readers_get_their_own(tiny: Model, client: openai.OpenAI) -> None:
     texts = [f"question {i} " * (1 + i % 5) for i in range(24)]
     with ThreadPoolExecutor(24) as pool:

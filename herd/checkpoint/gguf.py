@@ -243,6 +243,11 @@ def write(source: Source, path: Path, advance: Callable[[float], None]) -> None:
     Raises `CheckpointError` that lists what llama.cpp cannot express. Vision is left out, with a warning.
     """
     config = source.config
+    if not config.num_experts:
+        raise CheckpointError(
+            "GGUF's llama4 architecture has no dense models, and this model has no experts: no GGUF file can hold it for llama.cpp",
+            "--to herd and --to hf write it; herd reads dense models from `llama` GGUF files and does not write those",
+        )
     tensors = {name: _writable(name, source.tensors[t.herd[0]]) for name, t in file_tensors(config, "gguf").items()}
     if config.rope_scaling:
         tensors[_ROPE_FREQS] = held(_divisors(config.head_width, config.rope_theta, config.rope_scaling))

@@ -75,6 +75,10 @@ def quantize_checkpoint(
 
     source = open_model(src)
     made = quantized(source, group, with_minimum, measure) if to == "int4" else quantized_fp8(source, measure)
+    if made.packed_bytes > source.packed_bytes:
+        what = "%s makes this checkpoint larger: %s bytes of weights, which now take %s; its %s is the smaller already"
+        kinds = sorted({stored.quantization for stored in source.tensors.values() if stored.quantization})
+        log.warning(what, to, f"{made.packed_bytes:,}", f"{source.packed_bytes:,}", ", ".join(kinds) or "form")
     write(made, dst, "herd")
     return dict(sorted(errors.items(), key=lambda item: PARTS.index(item[0][0])))
 

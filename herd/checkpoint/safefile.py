@@ -5,8 +5,8 @@ well, but it writes from whole tensors only; a stream needs the header first and
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +75,26 @@ def read_header(path: Path) -> dict[str, Region]:
             found = {name: _region(path, 8 + length, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} has a broken header: {error!r}", _AGAIN) from error
+    _refuse_overlaps(path, found)
     expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if actual != expected:
         raise CheckpointError(f"{path} has {actual:,} bytes; its header says {expected:,}", _AGAIN)
     return found
 
 
+def _refuse_overlaps(path: Path, regions: dict[str, Region]) -> None:
+    """Two tensors over the same bytes are never meant: the library refuses them too, and writes shared ones once."""
+    held = sorted((region.offset, region.offset + region.num_bytes, name) for name, region in regions.items() if region.num_bytes)
+    for (_, stop, name), (start, _, after) in pairwise(held):
+        if start < stop:
+            raise CheckpointError(f"{path}: tensors {name} and {after} lie over each other, by {stop - start:,} bytes", _AGAIN)
+
+
 def _region(path: Path, base: int, entry: dict[str, Any]) -> Region:
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(f"{path} holds a tensor of dtype {entry['dtype']}", f"herd reads {', '.join(_DTYPES)}")
     region = Region(path, base + entry["data_offsets"][0], tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-    num_bytes = math.prod(region.shape) * region.dtype.itemsize
-    if entry["data_offsets"][1] - entry["data_offsets"][0] != num_bytes or entry["data_offsets"][0] < 0:
+    if entry["data_offsets"][1] - entry["data_offsets"][0] != region.num_bytes or entry["data_offsets"][0] < 0:
         raise ValueError(f"offsets {entry['data_offsets']} for a {entry['dtype']} of shape {entry['shape']}")
     return region
 

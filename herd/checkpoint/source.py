@@ -12,10 +12,13 @@ that herd has no kernels for has blocks `near` it instead, made when they are re
 room of floats.
 """
 
+import ctypes
 import dataclasses
 import math
 import mmap
+import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +134,23 @@ def of_blocks(blocks: Stored) -> Stored:
     return Stored(shape, torch.float32, rows, blocks=blocks)
 
 
+def _mapped(descriptor: int, first: int, num_bytes: int) -> "ctypes.Array[ctypes.c_char]":
+    """Part of a file as memory that this process may write to and no other sees; unmapped when nobody refers to it.
+
+    `mmap.mmap` keeps a descriptor open for every map until Python 3.13, one for each tensor, and a process may have 1,024 as a rule.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    map_, unmap = libc.mmap, libc.munmap
+    map_.restype, map_.argtypes, unmap.argtypes = pointer, [pointer, size, number, number, number, ctypes.c_int64], [pointer, size]
+    address = map_(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, first)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    pages = (ctypes.c_char * num_bytes).from_address(address)
+    weakref.finalize(pages, unmap, address, num_bytes).atexit = False
+    return pages
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """A contiguous tensor at a place in a file."""
@@ -139,6 +159,10 @@ class Region:
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) by plain reads. Raises `CheckpointError` when the file ends too early."""
@@ -158,10 +182,11 @@ class Region:
 
     def view(self) -> Tensor:
         """The whole tensor over the mapped file: pages come when touched; a write stays in this process."""
-        num_bytes = math.prod(self.shape) * self.dtype.itemsize
         first = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), self.offset - first + num_bytes, access=mmap.ACCESS_COPY, offset=first)
+            if os.fstat(file.fileno()).st_size < self.offset + self.num_bytes:
+                raise CheckpointError(f"{self.path} ends before the tensor at {self.offset:,} does", "fetch the file again")
+            pages = _mapped(file.fileno(), first, self.offset - first + self.num_bytes)
         return torch.frombuffer(pages, dtype=self.dtype, count=math.prod(self.shape), offset=self.offset - first).view(self.shape)
 
     def stored(self) -> Stored:

@@ -12,6 +12,7 @@ from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
 from herd.engine.local import open_engine
 from herd.engine.measure import measure
+from herd.engine.trace import TraceFile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,15 +25,20 @@ class Options:
     batch: int = 8  # replies at once
     rounds: int = 5
     json: bool = False  # one line of JSON with the field names that llama.cpp's bench scripts use
+    trace: Path | None = None  # file for what every step did, to be opened in ui.perfetto.dev
     # every token is computed, and all prompts before any reply
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache=False, draft_tokens=0, pace=0))
 
 
 def run(options: Options) -> int:
-    engine: Engine = open_engine(options.model, config=options.engine)
+    trace = TraceFile(options.trace) if options.trace else None
+    engine: Engine = open_engine(options.model, config=options.engine, trace=trace)
     if engine.runner.whole is not None:
         torch.set_num_threads(1)  # as in the engine's own thread: what is left to torch is small, and a second pool fights for the cores
-    speed = measure(engine, prefill=options.prefill, decode=options.decode, batch=options.batch, rounds=options.rounds)
+    try:
+        speed = measure(engine, prefill=options.prefill, decode=options.decode, batch=options.batch, rounds=options.rounds)
+    finally:
+        engine.close()
     if options.json:
         fields = {
             "model": Path(options.model).name,

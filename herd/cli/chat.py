@@ -29,11 +29,15 @@ class Options:
 
 
 def run(options: Options) -> int:
-    model = load(options.model, config=options.engine)
     start = [Message(role="system", content=(options.system,))] if options.system else []
     if not sys.stdin.isatty():
-        answer(model, [*start, parse(sys.stdin.read())], options.sampling)
+        asked = sys.stdin.read()
+        if asked.strip():
+            answer(load(options.model, config=options.engine), [*start, parse(asked)], options.sampling)
+        else:
+            log.info("stdin held no message, so there is nothing to answer")
         return 0
+    model = load(options.model, config=options.engine)
     log.info("%s is ready. @file attaches an image, /clear forgets, /quit or Ctrl-D ends, Ctrl-C stops a reply.", model.name)
     import readline  # noqa: F401  arrow keys and history in input()
 

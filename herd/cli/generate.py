@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
@@ -9,6 +10,7 @@ from tyro.conf import Positional, arg
 from herd.chat import Sampling
 from herd.engine.config import EngineConfig
 from herd.engine.local import load
+from herd.engine.trace import TraceFile
 from herd.errors import UsageError
 from herd.model.presets import PRESETS
 
@@ -19,6 +21,7 @@ class Options:
 
     words: Annotated[Positional[tuple[str, ...]], arg(metavar="[MODEL] PROMPT")] = ()  # PROMPT may be - for stdin
     sampling: Sampling = field(default_factory=Sampling)
+    trace: Path | None = None  # file for what every step did, to be opened in ui.perfetto.dev
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -30,7 +33,7 @@ def run(options: Options) -> int:
         raise UsageError(f"{prompt!r} is the name of a model, and there is no prompt", f'herd generate {prompt} "Once upon a time"')
     if prompt == "-":
         prompt = sys.stdin.read()
-    model = load(name, config=options.engine)
+    model = load(name, config=options.engine, trace=TraceFile(options.trace) if options.trace else None)
     for piece in model.generate(prompt, sampling=options.sampling):
         print(piece, end="", flush=True)
     print()

@@ -1,12 +1,15 @@
 """Serve models over OpenAI's API. Only this machine can reach it unless --host says otherwise."""
 
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from herd.engine.config import EngineConfig
 from herd.engine.local import Local, load, short_name
+from herd.engine.trace import TraceFile
 from herd.errors import UsageError
 from herd.serve.config import ServeConfig
 
@@ -27,10 +30,13 @@ Ctrl-C stops it.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Each model gets an engine of its own."""
+    """Requests choose among several models by name. Each has an engine of its own, with --kv-gib of its own; they share --threads."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="[MODEL ...]")] = ("cria",)  # paths to checkpoints, or names
+    idle_s: float = 0.0  # seconds without a request after which a model leaves memory; the next one waits while it loads; 0: never
+    lazy: FlagCreatePairsOff[bool] = False  # load a model at its first request, not at the start; checkpoints are checked at the start
     serve: ServeConfig = field(default_factory=ServeConfig)
+    trace: Path | None = None  # file for what every step did, to be opened in ui.perfetto.dev
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -45,11 +51,15 @@ def run(options: Options) -> int:
     if len(set(served)) < len(served):
         raise UsageError(f"two models would be served under one name: {', '.join(served)}", "rename a folder")
     listener = bind(options.serve)  # before the models: a taken port should cost a moment
-    backend = Local([load(name, config=options.engine) for name in options.models])
+    trace = TraceFile(options.trace) if options.trace else None
+    loaded = partial(load, config=options.engine, idle_s=options.idle_s, lazy=options.lazy, trace=trace)
+    backend = Local([loaded(name) for name in options.models])
     names = backend.models()
+    comes_and_goes = len(names) > 1 or options.lazy or options.idle_s > 0
 
     def ready(url: str) -> None:
         print(GREETING.format(names=", ".join(names), first=names[0], url=url), flush=True)
 
-    run_server(make_app(backend, options.serve, is_healthy=backend.is_healthy), listener, options.serve, ready)
+    states = backend.states if comes_and_goes else dict[str, str]
+    run_server(make_app(backend, options.serve, is_healthy=backend.is_healthy, states=states), listener, options.serve, ready)
     return 0

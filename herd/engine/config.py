@@ -12,7 +12,7 @@ class EngineConfig:
     """How much an engine may hold and do at once."""
 
     context_tokens: int | None = None  # longest sequence, prompt and reply together; None: the model's, or what kv_gib holds
-    kv_gib: float = 2.0  # GiB for keys and values of all sequences
+    kv_gib: float = 2.0  # GiB for keys and values of all sequences, of each model where there are several
     max_sequences: int = 16  # sequences that are computed at once; more wait
     step_tokens: int = 512  # tokens of one step: every decoding sequence takes one, prefill gets the rest
     page_tokens: int = 16  # tokens per page; must divide the model's chunk
@@ -23,7 +23,7 @@ class EngineConfig:
     draft_tokens: int = 8  # guesses at a reply's next tokens that one step may test; 0: none
     kv: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # numbers that keys and values are kept in; auto: those of the computation
     activation_bits: Literal[0, 8, 16] = 0  # that 4-bit and 8-bit weights meet on a CPU; 0: 8 in wide models, 16 in narrow ones
-    threads: int = 0  # CPU threads of the native kernels; 0: as many as this process may use
+    threads: int = 0  # CPU threads of the native kernels, which all engines of a process share; 0: as many as it may use
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "step_tokens", "page_tokens"):

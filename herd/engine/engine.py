@@ -21,6 +21,7 @@ from herd.engine.scheduler import Piece, Scheduler
 from herd.engine.sequence import Emit, Sequence
 from herd.engine.shelf import Shelf
 from herd.engine.stats import PoolStats, Stats, Watch
+from herd.engine.trace import Trace
 from herd.errors import ContextError, HerdError, PromptError
 from herd.model.llama4 import Llama4
 from herd.model.swap import activation_bits
@@ -49,11 +50,10 @@ class Engine:
         self.scheduler = Scheduler(config, self.pages, self.shelf)
         self.runner = Runner(model, self.pages)
         self.watch = Watch(clock)
-        self.threads = config.threads or default_threads()
+        self.trace: Trace | None = None  # where steps are noted, if somebody wants to know
         self.activation_bits = activation_bits(model)
         native = kernels()
-        if native is not None:
-            native.use_threads(self.threads)  # one pool serves all engines of a process; the last to be made decides
+        self.threads = config.threads or default_threads() if native is None else native.share(self, config.threads)
 
     @property
     def context_tokens(self) -> int:
@@ -105,6 +105,7 @@ class Engine:
             lookup=Lookup(self.config.draft_tokens),
             chain=Chain(page_tokens=self.config.page_tokens, salt=salt, images=images),
             emit=emit,
+            arrived=self.watch.clock(),
         )
 
     def advised(self, sampling: Sampling) -> Sampling:
@@ -128,21 +129,45 @@ class Engine:
         self.scheduler.learn(plan, seconds + self.watch.lap("sample"))
         events = self.scheduler.accept(plan, tokens)
         self.watch.lap("accept")
+        if self.trace:
+            self.trace.step(self.scheduler, self.watch, plan, tokens, events)
         return events
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence away before its end and free all that it held. No harm if it has ended."""
+        self.scheduler.remove(sequence)
+        if self.trace:
+            self.trace.aborted(sequence, self.watch.clock())
+            if self.scheduler.is_idle:
+                self.trace.flush()
+
+    def close(self) -> None:
+        """Write what waits for the disk or the trace, and end the threads that do. The engine is of no use any more."""
+        if self.trace:
+            self.trace.flush()
+        if self.shelf:
+            self.shelf.store.close()
 
     def stats(self) -> Stats:
         """What it holds now and has done so far. Numbers may be a step apart when asked from another thread."""
-        scheduler = self.scheduler
+        scheduler, tally = self.scheduler, self.scheduler.tally
         return Stats(
             num_waiting=len(scheduler.waiting),
             num_running=len(scheduler.running),
+            num_finished=dict(tally.finished),
+            num_aborted=tally.aborted,
+            num_failed=tally.failed,
+            num_preempted=tally.preempted,
+            prompt_tokens=tally.prompt_tokens,
+            generated_tokens=tally.generated_tokens,
+            computed_tokens=tally.computed_tokens,
             full_pages=PoolStats.of(self.pages.full),
             local_pages=PoolStats.of(self.pages.local),
-            hit_tokens=scheduler.num_hits,
+            hit_tokens=tally.hit_tokens,
             restored_tokens=self.shelf.num_restored if self.shelf else 0,
             disk=self.shelf.store.stats() if self.shelf else None,
-            drafted_tokens=scheduler.num_drafted,
-            accepted_tokens=scheduler.num_accepted,
+            drafted_tokens=tally.drafted_tokens,
+            accepted_tokens=tally.accepted_tokens,
             num_steps=self.watch.num_steps,
             seconds=dict(self.watch.seconds),
         )

@@ -1,13 +1,14 @@
 """The one bridge from the outside to engines: `herd.load` and its `Model` for Python, and the async `Backend` of the server."""
 
 import asyncio
-import ctypes
+import json
 import queue
 from collections.abc import AsyncGenerator, Iterator
 from collections.abc import Sequence as ListLike
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +17,17 @@ from torch import Tensor
 
 from herd.chat import ChatEvent, ChatRequest, Done, Image, Message, Role, Sampling
 from herd.checkpoint.identity import weights_identity
-from herd.checkpoint.load import load_model
+from herd.checkpoint.load import load_model, open_model
 from herd.checkpoint.source import Source
 from herd.engine.config import EngineConfig
 from herd.engine.disk import DiskStore, fingerprint
 from herd.engine.engine import Engine
+from herd.engine.memory import hand_back
+from herd.engine.resident import Resident, State, Stay
+from herd.engine.sequence import Sequence
+from herd.engine.stats import Stats
 from herd.engine.thread import EngineThread
+from herd.engine.trace import TraceFile
 from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError, nearest
 from herd.log import log
 from herd.model.config import ModelConfig
@@ -31,27 +37,32 @@ from herd.ops.attend import Packed
 from herd.ops.native import kernels
 from herd.text.images import Tiles, Tiling, open_image, read_image, tile
 from herd.text.prompt import Prompt, render
-from herd.text.tokenizer import tokenizer_of
+from herd.text.tokenizer import Tokenizer, tokenizer_of
 
 
 class Reply(Iterator[str]):
     """A reply as it comes: iterate for pieces of text, or ask for `text`, which waits for the rest. Closing it frees what it held."""
 
-    def __init__(self, thread: EngineThread, prompt: Prompt, sampling: Sampling) -> None:
+    def __init__(self, stay: Stay, prompt: Prompt, sampling: Sampling) -> None:
+        """stay: ended with the reply, or where there cannot be one."""
         self.done: Done | None = None  # why it ended and what it cost, once it has
-        self._closed = False
         self._pieces: list[str] = []
         self._events: queue.SimpleQueue[ChatEvent | HerdError] = queue.SimpleQueue()
-        self._thread = thread
-        self._sequence = thread.engine.sequence(prompt, sampling, self._events.put)
-        thread.submit(self._sequence)
+        try:
+            sequence = stay.thread.engine.sequence(prompt, sampling, self._events.put)
+            stay.thread.submit(sequence)
+        except BaseException:
+            stay.end()
+            raise
+        self._held: tuple[Stay, Sequence] | None = (stay, sequence)  # until it has ended: a reply that is kept must keep no weights
 
     def __next__(self) -> str:
-        if self.done or self._closed:
+        if self._held is None:
             raise StopIteration
         event = self._events.get()
+        if isinstance(event, Done | HerdError):
+            self._leave()
         if isinstance(event, HerdError):
-            self._closed = True
             raise event
         if isinstance(event, Done):
             self.done = event
@@ -75,26 +86,75 @@ class Reply(Iterator[str]):
 
     def close(self) -> None:
         """Stop computing; pieces that have not been read are lost."""
-        if not self.done and not self._closed:
-            self._closed = True
-            self._thread.cancel(self._sequence)
+        if held := self._leave():
+            stay, sequence = held
+            stay.thread.cancel(sequence)
+
+    def _leave(self) -> tuple[Stay, Sequence] | None:
+        held, self._held = self._held, None
+        if held:
+            held[0].end()
+        return held
 
     def __del__(self) -> None:
-        if hasattr(self, "_sequence"):
+        if hasattr(self, "_held"):
             self.close()
 
 
 class Model:
-    """A loaded model, for Python. Made by `herd.load`."""
+    """A model, for Python. Made by `herd.load`. One that was unloaded is loaded again by the first call that needs it."""
 
-    def __init__(self, name: str, engine: Engine) -> None:
-        self.name, self.llama4, self.tokenizer = name, engine.runner.model, engine.tokenizer
-        self.thread = EngineThread(engine, name)
-        self._longest_token = max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))  # bytes
+    def __init__(self, resident: Resident) -> None:
+        self._resident = resident
+        self._longest_token = 0  # bytes; 0: not known yet
+
+    @property
+    def name(self) -> str:
+        return self._resident.name
+
+    @property
+    def state(self) -> State:
+        """Whether it is in memory."""
+        return self._resident.state
+
+    @property
+    def failure(self) -> HerdError | None:
+        """Why its engine has died, if it has."""
+        return self._resident.failure
+
+    @property
+    def thread(self) -> EngineThread:
+        """Its running engine."""
+        return self._resident.stay().thread
+
+    @property
+    def llama4(self) -> Llama4:
+        return self.thread.engine.runner.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.thread.engine.tokenizer
 
     @property
     def config(self) -> ModelConfig:
-        return self.llama4.config
+        return self.thread.engine.model
+
+    def load(self) -> None:
+        """Return when it is in memory."""
+        self._resident.load()
+
+    def unload(self) -> bool:
+        """Take it out of memory: weights, keys and values, thread. False, and nothing happens, while a reply is under way."""
+        return self._resident.unload()
+
+    def stay_if_loaded(self) -> Stay | None:
+        """Keep it in memory; None where it is not."""
+        return self._resident.stay_if_loaded()
+
+    def stats(self) -> Stats | None:
+        """What its engine holds and has done since it was loaded, None where it is not."""
+        engine = self._resident.engine
+        return engine.stats() if engine else None
 
     @property
     def tiling(self) -> Tiling | None:
@@ -111,7 +171,8 @@ class Model:
         images: what the `<|patch|>` tokens show, in order: `Tiles`, or a path, bytes, or data URI that is cut into tiles here.
         Raises `PromptError` when their features and the patch tokens differ in number.
         """
-        device = self.llama4.norm.weight.device
+        llama4 = self.llama4  # held, and so in memory, until this has ended
+        device = llama4.norm.weight.device
         tokens = torch.as_tensor(tokens, dtype=torch.int64, device=device)
         if tokens.dim() != 1 or not len(tokens):
             raise PromptError(f"tokens have shape {list(tokens.shape)}; one sequence of at least one token is wanted")
@@ -120,12 +181,12 @@ class Model:
         features = None
         num_patches, num_features = int((tokens == self.config.patch_id).sum()), 0
         if images:
-            features = torch.cat([self.llama4.see(torch.from_numpy(tiles.pixels).to(device)) for tiles in map(self._tiles, images)])
+            features = torch.cat([llama4.see(torch.from_numpy(tiles.pixels).to(device)) for tiles in map(self._tiles, images)])
             num_features = len(features)
         if num_patches != num_features:
             raise PromptError(f"there are {num_patches} patch tokens, and the images give {num_features} features")
         positions = torch.arange(len(tokens), device=device)
-        out: Tensor = self.llama4(tokens, positions, Packed([len(tokens)], self.config.chunk_tokens), features)
+        out: Tensor = llama4(tokens, positions, Packed([len(tokens)], self.config.chunk_tokens), features)
         return out
 
     def generate(self, prompt: str | ListLike[int], sampling: Sampling | None = None, **fields: Any) -> Reply:
@@ -133,14 +194,16 @@ class Model:
 
         fields: those of `herd.chat.Sampling`, in place of a whole one: `generate("...", temperature=0, max_tokens=32)`.
         """
-        if isinstance(prompt, str):
-            self._check_length(len(prompt), "prompt")
-            start = [] if self.config.bos_id is None else [self.config.bos_id]
-            prompt = start + self.tokenizer.encode(prompt)
-        tokens = list(prompt)
-        if not all(isinstance(token, int) for token in tokens):
-            raise PromptError("a prompt of tokens holds something that is no int", "give a text, or a list of token ids")
-        return Reply(self.thread, Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=()), _sampling(sampling, fields))
+        with self._resident.stay():
+            if isinstance(prompt, str):
+                self._check_length(len(prompt), "prompt")
+                start = [] if self.config.bos_id is None else [self.config.bos_id]
+                prompt = start + self.tokenizer.encode(prompt)
+            tokens = list(prompt)
+            if not all(isinstance(token, int) for token in tokens):
+                raise PromptError("a prompt of tokens holds something that is no int", "give a text, or a list of token ids")
+            plain = Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=())
+            return Reply(self._resident.stay(), plain, _sampling(sampling, fields))
 
     def chat(self, messages: str | ListLike[Message | dict[str, Any]], sampling: Sampling | None = None, **fields: Any) -> Reply:
         """Reply to a conversation: a string (one user message), `Message`s, or dicts as in OpenAI's API ({"role", "content"}).
@@ -149,16 +212,20 @@ class Model:
         """
         if isinstance(messages, str):
             messages = [Message(role="user", content=(messages,))]
-        return Reply(self.thread, self.prompt([_message(m) for m in messages]), _sampling(sampling, fields))
+        with self._resident.stay():
+            return Reply(self._resident.stay(), self.prompt([_message(m) for m in messages]), _sampling(sampling, fields))
 
     def prompt(self, messages: ListLike[Message]) -> Prompt:
         """Render a conversation for this model, the header of the reply at its end."""
-        self._check_length(sum(len(message.text) for message in messages), "messages")
-        return render(messages, self.tokenizer, chat_format=self.config.chat_format, tiling=self.tiling)
+        with self._resident.stay():
+            self._check_length(sum(len(message.text) for message in messages), "messages")
+            return render(messages, self.tokenizer, chat_format=self.config.chat_format, tiling=self.tiling)
 
     def _check_length(self, num_chars: int, what: str) -> None:
         """Refuse what cannot fit however it is tokenized, before the minutes that tokenizing it might take."""
-        room = self.thread.engine.context_tokens
+        room, tokenizer = self.thread.engine.context_tokens, self.tokenizer
+        if not self._longest_token:
+            self._longest_token = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
         least = -(-num_chars // self._longest_token)  # tokens; a character is at least a byte
         if least > room:
             raise ContextError(
@@ -214,22 +281,38 @@ class Local:
         self._models = {model.name: model for model in models}
         # images are cut one request at a time: a small file can be a hundred megapixels, and texts should not wait behind them
         self._cutting = ThreadPoolExecutor(1, thread_name_prefix="herd-images")
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="herd-load")  # one model at a time; who waits holds no other thread
         if len(self._models) < len(models):
             raise UsageError(f"two models have the same name: {', '.join(model.name for model in models)}", "rename a folder")
 
     def models(self) -> list[str]:
         return list(self._models)
 
+    def states(self) -> dict[str, State]:
+        """Which models are in memory."""
+        return {name: model.state for name, model in self._models.items()}
+
     def is_healthy(self) -> bool:
-        """Whether every engine still runs."""
-        return all(model.thread.failure is None for model in self._models.values())
+        """Whether no engine has died. A model that is not loaded is healthy: the first request for it loads it."""
+        return all(model.failure is None for model in self._models.values())
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
-        """Stream one reply; closing the generator frees its sequence."""
+        """Stream one reply, after its model has been loaded where it is not; closing the generator frees its sequence."""
         model = self._models.get(request.model)
         if model is None:
             hint = nearest(request.model, self._models) or f"loaded: {', '.join(self._models)}"
             raise ModelNotFound(f"no model is called {request.model!r} here", hint, param="model")
+        with await self._stay(model) as stay:
+            async with aclosing(self._reply(model, stay.thread, request)) as events:
+                async for event in events:
+                    yield event
+
+    async def _stay(self, model: Model) -> Stay:
+        while (stay := model.stay_if_loaded()) is None:
+            await asyncio.get_running_loop().run_in_executor(self._loading, model.load)
+        return stay
+
+    async def _reply(self, model: Model, thread: EngineThread, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[ChatEvent | HerdError] = asyncio.Queue()
 
@@ -241,8 +324,9 @@ class Local:
             prompt = await asyncio.wrap_future(self._cutting.submit(model.prompt, request.messages))
         else:
             prompt = await asyncio.to_thread(model.prompt, request.messages)
-        sequence = model.thread.engine.sequence(prompt, request.sampling, emit)
-        model.thread.submit(sequence)
+        salt = json.dumps(request.cache_salt).encode() if request.cache_salt else b""
+        sequence = thread.engine.sequence(prompt, request.sampling, emit, salt)
+        thread.submit(sequence)
         try:
             while True:
                 event = await events.get()
@@ -252,7 +336,7 @@ class Local:
                 if isinstance(event, Done):
                     return
         finally:
-            model.thread.cancel(sequence)
+            thread.cancel(sequence)
 
 
 def load(
@@ -261,13 +345,19 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | None = None,
     config: EngineConfig | None = None,
+    idle_s: float = 0.0,
+    lazy: bool = False,
+    trace: TraceFile | None = None,
     **choices: Any,
 ) -> Model:
-    """Load a model and start its engine.
+    """Load a model and start its engine. Several may be loaded: each has its own keys and values, and they take turns at the CPU's threads.
 
     name: a path to any checkpoint that herd reads (herd, Hugging Face, Meta, GGUF), or a short name: cria (fetched when missing), tiny.
     dtype: of weights and compute; float32 on a CPU, where bfloat16 arithmetic is slow, else the checkpoint's own.
     device: "cpu", "cuda", ...; a GPU where there is one.
+    idle_s: seconds without a request after which it is unloaded, until the next one; 0: never.
+    lazy: the checkpoint is only opened and checked, and loaded by the first request.
+    trace: where to note what every step did; several models may share one.
     choices: fields of `EngineConfig`, in place of a whole `config`.
     Raises `ModelNotFound`, `CheckpointError` or `UsageError`.
     """
@@ -276,7 +366,13 @@ def load(
         if choice not in known:
             hint = nearest(choice, known) or f"there are: {', '.join(known)}"
             raise UsageError(f"there is no engine choice {choice!r}", hint, param=choice)
-    return Model(short_name(name), open_engine(name, dtype=dtype, device=device, config=replace(config or EngineConfig(), **choices)))
+    engine = partial(open_engine, name, dtype=dtype, device=device, config=replace(config or EngineConfig(), **choices), trace=trace)
+    model = Model(Resident(short_name(name), engine, idle_s=idle_s))
+    if lazy:
+        open_model(name)
+    else:
+        model.load()
+    return model
 
 
 def short_name(name: str | Path) -> str:
@@ -285,14 +381,22 @@ def short_name(name: str | Path) -> str:
     return path.stem if path.suffix == ".gguf" else path.name
 
 
-def open_engine(name: str | Path, *, config: EngineConfig, dtype: torch.dtype | None = None, device: str | None = None) -> Engine:
+def open_engine(
+    name: str | Path,
+    *,
+    config: EngineConfig,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    trace: TraceFile | None = None,
+) -> Engine:
     """The engine of a model, not yet running: for who wants to step it himself. Arguments and errors as for `load`."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, source = load_model(name, dtype=dtype, device=device, activation_bits=config.activation_bits)
     tokenizer = tokenizer_of(source.files)
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # parsing a vocabulary leaves tens of megabytes of holes
-    return Engine(model, tokenizer, config, _store(name, model, source, config))
+    hand_back()  # parsing a vocabulary leaves tens of megabytes of holes
+    engine = Engine(model, tokenizer, config, _store(name, model, source, config))
+    engine.trace = trace.engine(short_name(name)) if trace else None
+    return engine
 
 
 def _store(name: str | Path, model: Llama4, source: Source, config: EngineConfig) -> DiskStore | None:

@@ -18,6 +18,7 @@ from herd.engine.pace import Pace
 from herd.engine.pages import Pages
 from herd.engine.sequence import Sequence
 from herd.engine.shelf import Shelf
+from herd.engine.stats import Tally
 from herd.errors import HerdError
 
 
@@ -64,8 +65,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, pages: Pages, shelf: Shelf | None = None) -> None:
         self.config, self.pages, self.shelf = config, pages, shelf
         self.pace = Pace(config.pace)
-        self.num_hits = 0  # tokens that were taken over
-        self.num_drafted = self.num_accepted = 0  # tokens that were guessed, and those that were right
+        self.tally = Tally()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
 
@@ -77,12 +77,18 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is, and free its pages; one that has ended is already forgotten."""
-        if sequence in self.running:
+        """Take a sequence away before its end, wherever it is, and free its pages; one that has ended is already forgotten."""
+        self.tally.aborted += self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> bool:
+        """Whether there was something to forget."""
+        found = sequence in self.running
+        if found:
             self.running.remove(sequence)
-        elif sequence in self.waiting:
+        elif found := sequence in self.waiting:
             self.waiting.remove(sequence)
         self.pages.release(sequence)
+        return found
 
     def next(self) -> Plan:
         """Plan a step. Empty only when idle."""
@@ -106,7 +112,9 @@ class Scheduler:
 
     def accept(self, plan: Plan, tokens: list[list[int] | HerdError]) -> list[tuple[Sequence, ChatEvent | HerdError]]:
         """Record that `plan` was computed and that its due pieces drew `tokens`, one or more each or none; say what readers get."""
+        tally = self.tally
         for piece in plan.pieces:
+            tally.computed_tokens += piece.stop - piece.start
             if not piece.num_rows:
                 self._computed(piece.sequence, piece.stop)
         events: list[tuple[Sequence, ChatEvent | HerdError]] = []
@@ -114,18 +122,21 @@ class Scheduler:
             sequence = piece.sequence
             if isinstance(drawn, HerdError):
                 events.append((sequence, drawn))
-                self.remove(sequence)
+                tally.failed += self._forget(sequence)
                 continue
+            before = len(sequence.tokens)
             for token in drawn:
                 events += [(sequence, event) for event in sequence.accept(token)]
                 if sequence.finish:
                     break
+            tally.prompt_tokens += before if before == sequence.num_prompt else 0
+            tally.generated_tokens += len(sequence.tokens) - before
             self._computed(sequence, len(sequence.tokens) - 1)  # drafts that were wrong are written over by what comes
-            self.num_drafted += len(piece.drafts)
-            self.num_accepted += len(drawn) - 1
+            tally.drafted_tokens += len(piece.drafts)
+            tally.accepted_tokens += len(drawn) - 1
             sequence.lookup.learn(len(piece.drafts), len(drawn) - 1)
             if sequence.finish:
-                self.remove(sequence)
+                tally.finished[sequence.finish] += self._forget(sequence)
         return events
 
     def _computed(self, sequence: Sequence, stop: int) -> None:
@@ -161,6 +172,7 @@ class Scheduler:
             victim = self.running.pop()
             self.pages.release(victim)
             self.waiting.appendleft(victim)
+            self.tally.preempted += 1
             plan.pieces[:] = [piece for piece in plan.pieces if piece.sequence is not victim]
             if victim is sequence:
                 return 0
@@ -186,6 +198,6 @@ class Scheduler:
 
     def _count(self, sequence: Sequence, saved: int) -> None:
         """Of the tokens that were taken over, those that are the prompt's and new to the sequence are told its reader."""
-        self.num_hits += saved
+        self.tally.hit_tokens += saved
         sequence.num_cached += max(0, min(sequence.num_computed, sequence.num_prompt) - sequence.num_reached)
         sequence.num_reached = max(sequence.num_reached, sequence.num_computed)

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class Sequence:
     features: Tensor | None = None  # [patches, D], those of an image made when the first of them is computed
     encoded: set[int] = field(default_factory=set)  # first positions of the images whose features are made
     finish: FinishReason | None = None
+    arrived: float = 0.0  # when it was made, by the engine's clock
+    row: Any = None  # its `trace.Row`, where a trace is written
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt.tokens)

@@ -67,7 +67,12 @@ def chat_request(body: ChatBody) -> ChatRequest:
     }
     sampling = Sampling(**cast("dict[str, Any]", {name: value for name, value in given.items() if value is not None}))
     messages = tuple(_message(message, f"messages.{i}") for i, message in enumerate(body.messages))
-    return ChatRequest(model=body.model, messages=messages, sampling=sampling)
+    return ChatRequest(model=body.model, messages=messages, sampling=sampling, cache_salt=cache_salt(body))
+
+
+def cache_salt(body: ChatBody) -> tuple[str, ...]:
+    """Who shares computed prefixes with this request: those with the same words. Whose key the request came with belongs here too."""
+    return () if body.prompt_cache_key is None else ("prompt_cache_key", body.prompt_cache_key)
 
 
 def _message(message: ChatMessage, where: str) -> Message:

@@ -11,7 +11,7 @@ import asyncio
 import errno
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -30,10 +30,17 @@ from herd.serve.connection import Door
 from herd.serve.errors import RequestError, error_reply, shown
 
 
-def make_app(backend: Backend, config: ServeConfig, *, is_healthy: Callable[[], bool] = lambda: True) -> FastAPI:
+def make_app(
+    backend: Backend,
+    config: ServeConfig,
+    *,
+    is_healthy: Callable[[], bool] = lambda: True,
+    states: Callable[[], Mapping[str, str]] = dict,
+) -> FastAPI:
     """OpenAI's API over a backend.
 
     is_healthy: whether the backend still answers; when it says no, so does /health, and a supervisor may start the server anew.
+    states: of models that come and go, by name, which /health tells too.
     """
     app = FastAPI(title="herd", openapi_url=None, redirect_slashes=False)
     app.add_middleware(Door)
@@ -43,7 +50,9 @@ def make_app(backend: Backend, config: ServeConfig, *, is_healthy: Callable[[], 
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok"}) if is_healthy() else JSONResponse({"status": "failed"}, status_code=503)
+        is_well, models = is_healthy(), dict(states())
+        told = {"status": "ok" if is_well else "failed"} | ({"models": models} if models else {})
+        return JSONResponse(told, status_code=200 if is_well else 503)
 
     return app
 

@@ -123,6 +123,7 @@ class ChatBody(Wire):
     top_p: float | None = None
     seed: int | None = None
     stop: Annotated[Annotated[list[str], Field(max_length=4)] | None, BeforeValidator(_strings)] = None
+    prompt_cache_key: str | None = None  # OpenAI routes by it; here, only requests with the same key share computed prefixes
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: int | None = None  # this and the two below are herd's, vLLM's and others' extensions
@@ -153,7 +154,7 @@ class ChatBody(Wire):
         "web_search_options": (),
     }
     ignored = frozenset(
-        {"metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "user"},
+        {"metadata", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "user"},
     )
 
     @model_validator(mode="after")

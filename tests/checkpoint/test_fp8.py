@@ -304,6 +304,12 @@ def test_what_is_fp8_stays_and_what_is_not_is_told(folder: Path, tmp_path: Path,
     with caplog.at_level(logging.WARNING, logger="herd"):
         quantize_checkpoint(tmp_path / "int4", tmp_path / "fp8", "fp8")
     assert again.format("int4 group 32") in caplog.text
+    sizes = [open_source(tmp_path / name).packed_bytes for name in ("fp8", "int4")]
+    assert f"fp8 makes this checkpoint larger: {sizes[0]:,} bytes of weights, which now take {sizes[1]:,}; its int4 group 32" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="herd"):
+        quantize_checkpoint(folder, tmp_path / "int4 again")
+    assert "makes this checkpoint larger" not in caplog.text
     mixed = open_source(tmp_path / "fp8")
     assert {stored.quantization for stored in mixed.tensors.values()} == {"", "float8", "int4 group 32", "int8 group 32"}
     write(mixed.to(torch.float32), tmp_path / "floats", "herd")

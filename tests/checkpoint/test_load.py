@@ -263,6 +263,29 @@ def test_a_broken_config(content: str, message: str, folder: Path) -> None:
         open_source(folder)
 
 
+def test_tensors_that_lie_over_each_other(tmp_path: Path) -> None:
+    """As the library refuses them. Tensors without a byte lie nowhere."""
+    import safetensors
+
+    def file(**offsets: tuple[int, int]) -> Path:
+        header = {name: {"dtype": "F32", "shape": [(b - a) // 4], "data_offsets": [a, b]} for name, (a, b) in offsets.items()}
+        encoded = json.dumps(header).encode()
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(max(b for _, b in offsets.values())))
+        return path
+
+    assert set(safefile.read_header(file(b=(8, 16), none=(8, 8), a=(0, 8)))) == {"a", "b", "none"}
+    for offsets, message in (
+        ({"a": (0, 8), "b": (4, 12)}, "tensors a and b lie over each other, by 4 bytes"),
+        ({"a": (0, 12), "b": (4, 8)}, "tensors a and b lie over each other, by 8 bytes"),
+        ({"a": (0, 8), "b": (0, 8)}, "tensors a and b lie over each other, by 8 bytes"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            safefile.read_header(file(**offsets))
+        with pytest.raises(safetensors.SafetensorError), safetensors.safe_open(file(**offsets), "pt"):
+            pass
+
+
 @pytest.mark.parametrize("header", [b"not json", b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', b'{"a": 3}'])
 def test_a_broken_header(header: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"

@@ -126,6 +126,13 @@ def test_chat_from_a_pipe_with_an_image(capsys: pytest.CaptureFixture[str], monk
     assert len(replies) == 2
 
 
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_chat_from_an_empty_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Nothing was asked: nothing is loaded and nothing said."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert run(capsys, "chat", "no-such-model") == (0, "", "stdin held no message, so there is nothing to answer\n")
+
+
 def test_convert_there_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(capsys, "convert", "tiny", str(tmp_path / "hf"), "--to", "hf")[0] == 0
     assert run(capsys, "convert", str(tmp_path / "hf"), str(tmp_path / "herd"), "--to", "herd")[0] == 0

@@ -123,9 +123,9 @@ def test_replies_are_those_without_guesses(tiny: Model, sampling: dict[str, Any]
         found.append(replies(engine, with_oracles(sequences, found[0], random.Random(9)) if len(found) == 2 else sequences))
         assert all(len(reply) == 60 for reply in found[-1])
         if not draft_tokens:
-            assert engine.scheduler.num_drafted == 0
+            assert engine.scheduler.tally.drafted_tokens == 0
     assert found[0] == found[1] == found[2]
-    assert engine.scheduler.num_drafted > engine.scheduler.num_accepted > 100
+    assert engine.scheduler.tally.drafted_tokens > engine.scheduler.tally.accepted_tokens > 100
 
 
 @pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
@@ -139,7 +139,7 @@ def test_native_replies_are_those_without_guesses(name: str) -> None:
         engine, sequences = start(model, prompts, max_tokens=50, draft_tokens=draft_tokens)
         assert engine.runner.whole is not None
         found.append(replies(engine, sequences))
-    assert found[0] == found[1] and engine.scheduler.num_accepted > 0
+    assert found[0] == found[1] and engine.scheduler.tally.accepted_tokens > 0
 
 
 def test_graphs_make_way_for_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_graphs_make_way_for_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(graphs, "takes", takes)
         found.append(replies(engine, with_oracles(sequences, found[0], random.Random(9)) if found else sequences))
-    assert found[0] == found[1] and engine.scheduler.num_accepted > 0
+    assert found[0] == found[1] and engine.scheduler.tally.accepted_tokens > 0
     assert 0 < sum(taken) < len(taken)
 
 
@@ -172,7 +172,7 @@ def test_one_random_number_for_each_token(tiny: Model) -> None:
         sequences = [engine.sequence(plain_prompt([1, 2, 3] * 8), sampling, lambda event: None)]
         known = replies(engine, with_oracles(sequences, known, random.Random(8)) if known else sequences)
     (sequence,) = sequences
-    assert engine.scheduler.num_accepted
+    assert engine.scheduler.tally.accepted_tokens
     generator = torch.Generator().manual_seed(3)
     for _ in range(50):
         torch.rand((), generator=generator, dtype=torch.float64)

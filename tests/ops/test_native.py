@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+import herd.ops.native as native_package
 from herd.errors import UsageError
 from herd.ops.int4 import Kind, blocks_linear_plain, dequantize, pack_int4, pack_int8, round_activations
 from herd.ops.native import Kernels, kernels
@@ -138,6 +142,42 @@ def test_many_threads_may_call_at_once(native: Kernels) -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda x: native.product(x, blocks), inputs * 5))
     assert all(torch.equal(a, b) for a, b in zip(found, want * 5, strict=True))
+
+
+def test_threads_that_call_take_turns(native: Kernels) -> None:
+    """Who has had his product comes after those who wait; a plain mutex gives it to the same again 3 times of 5 and more."""
+    blocks, x = random_blocks(Kind(8, 32), 1024, 1024), torch.randn(16, 1024)
+    native.use_threads(1)
+    turns: list[int] = []
+
+    def call(me: int) -> None:
+        end = time.perf_counter() + 0.4
+        while time.perf_counter() < end:
+            native.product(x, blocks)
+            turns.append(me)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    among = turns[len(turns) // 4 : -len(turns) // 4]  # all four have begun, and none has ended
+    assert sum(a == b for a, b in pairwise(among)) < 0.4 * len(among)
+
+
+def test_the_first_that_lives_decides_how_many_threads_there_are(native: Kernels) -> None:
+    class Sharer:
+        pass
+
+    loaded = Kernels(next(Path(native_package.__file__).parent.glob("_kernels*.so")))  # with sharers of its own, over the same pool
+    loaded.use_threads(3)
+    first, second = Sharer(), Sharer()
+    assert loaded.share(first, 2) == 2 and loaded.share(second) == 2
+    with pytest.raises(UsageError, match="threads is 1; the engines of a process share one pool, and 2 run on its 2 threads"):
+        loaded.share(Sharer(), 1)
+    del first, second
+    assert loaded.share(Sharer()) == 3  # what the process chose, not what a dead one had asked for
+    assert loaded.share(Sharer(), 1) == 1
 
 
 def test_a_path_that_is_not_there_is_refused(native: Kernels) -> None:

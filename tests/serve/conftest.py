@@ -1,7 +1,7 @@
 """A real server on a free port of this machine, in a thread, for the length of a test."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -29,12 +29,17 @@ class Live:
 
 
 @contextmanager
-def live(backend: Backend, config: ServeConfig | None = None, is_healthy: Callable[[], bool] = lambda: True) -> Iterator[Live]:
+def live(
+    backend: Backend,
+    config: ServeConfig | None = None,
+    is_healthy: Callable[[], bool] = lambda: True,
+    states: Callable[[], Mapping[str, str]] = dict,
+) -> Iterator[Live]:
     config = config or ServeConfig(port=0, shutdown_s=1)
     listener = bind(config)
     urls: list[str] = []
     ready = threading.Event()
-    server = Server(make_app(backend, config, is_healthy=is_healthy), config, lambda url: (urls.append(url), ready.set()))
+    server = Server(make_app(backend, config, is_healthy=is_healthy, states=states), config, lambda url: (urls.append(url), ready.set()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     assert ready.wait(10), "the server did not start"

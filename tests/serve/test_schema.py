@@ -31,7 +31,13 @@ SAMPLED = {
     "min_p": (0.1, {"min_p": 0.1}),
     "ignore_eos": (True, {"ignore_eos": True}),
 }
-OTHERWISE_HONOURED = {"model", "messages", "stream", "stream_options"}  # tests in test_api.py and test_sse.py
+OTHERWISE_HONOURED = {
+    "model",
+    "messages",
+    "stream",
+    "stream_options",
+    "prompt_cache_key",
+}  # tests in test_api.py, test_sse.py, test_river.py
 
 REFUSED = {
     "audio": {"voice": "alloy", "format": "wav"},
@@ -59,7 +65,6 @@ REFUSED = {
 
 IGNORED = {
     "metadata": {"a": "b"},
-    "prompt_cache_key": "key",
     "prompt_cache_options": {"mode": "implicit"},
     "prompt_cache_retention": "24h",
     "safety_identifier": "id",

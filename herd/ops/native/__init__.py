@@ -10,9 +10,11 @@ HERD_NATIVE_LIBRARY: a file to load in place of the one that was installed, as `
 
 import ctypes
 import os
+import threading
 import time
 from functools import cache
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -42,6 +44,8 @@ class Kernels:
         self._library.herd_read.argtypes = [pointer, size]
         self._library.herd_peak.restype = ctypes.c_double
         self._library.herd_sample.argtypes = [pointer, size, pointer, pointer]
+        self._sharing: WeakSet[object] = WeakSet()  # those that compute on the pool now
+        self._deciding = threading.RLock()
         self.use_threads(default_threads())
 
     @property
@@ -56,11 +60,36 @@ class Kernels:
             raise UsageError(f"this machine cannot run the native kernels on {path!r}", f"there are: {', '.join(_PATHS)}, and off")
 
     def use_threads(self, count: int) -> None:
-        """How many threads a product uses, the caller's included."""
+        """How many threads a product uses, the caller's included, for the whole process and whoever does not ask for a number."""
+        with self._deciding:
+            self._use(count)
+            self._chosen = count
+
+    def share(self, sharer: object, count: int = 0) -> int:
+        """Let `sharer` compute on the pool for as long as it lives; gives back the number of threads.
+
+        count: of threads, 0 for as many as there are. There is one pool, so the first of those that are alive decides, and who asks
+        for another number later is refused with a `UsageError`.
+        """
+        with self._deciding:
+            if not self._sharing:
+                self._use(count or self._chosen)
+            elif count not in (0, self.threads):
+                about = f"{len(self._sharing)} run on its {self.threads} threads"
+                raise UsageError(
+                    f"threads is {count}; the engines of a process share one pool, and {about}",
+                    "leave threads out, or let go of the other models first",
+                    param="threads",
+                )
+            self._sharing.add(sharer)
+            return self.threads
+
+    def _use(self, count: int) -> None:
         if not 1 <= count <= 1024:
             raise UsageError(f"threads is {count}; it must lie between 1 and 1024", param="threads")
         if self._library.herd_use_threads(count):
             raise ResourceError(f"the system gives this process no {count} threads", "lower --threads, or raise its limits")
+        self.threads = count
 
     def round(self, x: Tensor, bits: int = 16) -> tuple[Tensor, Tensor]:
         """`herd.ops.int4.round_activations`: [T, K] float32 -> codes [T, K] int16, scales [T, K/32] float32."""

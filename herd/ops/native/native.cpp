@@ -1,6 +1,6 @@
 // The C interface of herd's native kernels: plain buffers in, plain buffers out, 0 or an error code back. Called through ctypes.
 //
-// Every function may be called from any thread; calls run one after another, each on all threads of the pool.
+// Every function may be called from any thread; calls run one after another, first come, first served, each on all threads of the pool.
 
 #include <algorithm>
 #include <atomic>
@@ -119,7 +119,7 @@ struct RoundedBuffer {  // room for rounded activations
 };
 
 struct Machine {
-  std::mutex busy;
+  Turns busy;
   std::atomic<Path> path{best_path()};  // read without the lock
   Pool pool;
   RoundedBuffer inputs, hidden, routed;
@@ -327,7 +327,7 @@ const char* herd_path() { return kPathNames[machine().path]; }
 // Choose a path, for tests and comparisons; the machine must have it.
 int herd_use_path(const char* name) {
   Machine& m = machine();
-  std::lock_guard<std::mutex> lock(m.busy);
+  std::lock_guard<Turns> lock(m.busy);
   for (Path path : {kPortable, kAvx2, kAvxVnni, kVnni})
     if (name && !std::strcmp(name, kPathNames[path]) && has(path)) {
       m.path = path;
@@ -338,7 +338,7 @@ int herd_use_path(const char* name) {
 
 int herd_use_threads(int count) {
   Machine& m = machine();
-  std::lock_guard<std::mutex> lock(m.busy);
+  std::lock_guard<Turns> lock(m.busy);
   if (count < 1 || count > 1024) return kBadShape;
   try {
     if (count != m.pool.size()) m.pool.resize(count);
@@ -354,7 +354,7 @@ int herd_round(const float* x, int64_t tokens, int64_t columns, int parts, int16
   if (tokens == 0) return kOk;
   if (!x || !codes || !scales) return kBadShape;
   Machine& m = machine();
-  std::lock_guard<std::mutex> lock(m.busy);
+  std::lock_guard<Turns> lock(m.busy);
   try {
     RoundedBuffer r;
     r.hold(tokens, columns, parts);
@@ -380,7 +380,7 @@ int herd_product(const uint8_t* data, int64_t num, int64_t rows, int64_t columns
   Blocks w{data, rows, columns, group, bits, has_minimum != 0};
   if (!is_sound(w) || num < 1 || !fits(num, rows * columns) || !counts || parts < 1 || parts > 2) return kBadShape;
   Machine& m = machine();
-  std::lock_guard<std::mutex> lock(m.busy);
+  std::lock_guard<Turns> lock(m.busy);
   try {
     int64_t total = 0, tiles = 0;
     for (int64_t e = 0; e < num; ++e) {
@@ -413,7 +413,7 @@ int herd_product(const uint8_t* data, int64_t num, int64_t rows, int64_t columns
 int herd_step(const HerdModel* model, const HerdStep* step) {
   if (!model || !step || !is_sound(*model) || !is_sound(*step, *model)) return kBadShape;
   Machine& m = machine();
-  std::lock_guard<std::mutex> lock(m.busy);
+  std::lock_guard<Turns> lock(m.busy);
   try {
     Step(m, *model, *step).run();
   } catch (const std::bad_alloc&) {
@@ -425,7 +425,7 @@ int herd_step(const HerdModel* model, const HerdStep* step) {
 // Read `bytes` of `data` once, with all threads; the caller holds the watch.
 int herd_read(const uint8_t* data, int64_t bytes) {
   Machine& m = machine();
-  std::lock_guard<std::mutex> lock(m.busy);
+  std::lock_guard<Turns> lock(m.busy);
   std::atomic<uint64_t> all{0};
   parallel(m.pool, (bytes + kReadPart - 1) / kReadPart, [&](int64_t part, int) {
     const int64_t start = part * kReadPart, count = std::min(kReadPart, bytes - start);
@@ -444,7 +444,7 @@ int herd_read(const uint8_t* data, int64_t bytes) {
 // Multiply and add bytes in registers, with all threads; how many operations that were.
 double herd_peak() {
   Machine& m = machine();
-  std::lock_guard<std::mutex> lock(m.busy);
+  std::lock_guard<Turns> lock(m.busy);
   std::vector<double> each(size_t(4 * m.pool.size()));
   parallel(m.pool, int64_t(each.size()), [&](int64_t i, int) { each[size_t(i)] = peak(m.path) * double(kPeakRounds); });
   double total = 0;

@@ -20,6 +20,28 @@ namespace herd {
 // A plain function, so that no allocation stands between two small products.
 using Task = void (*)(void* context, int64_t task, int worker);
 
+// A lock that is handed on in the order in which it was asked for. With a plain one, an engine that comes straight back for its next step
+// finds it free before the engine that waits has woken up, and takes it again.
+class Turns {
+ public:
+  void lock() {
+    std::unique_lock<std::mutex> held(mutex_);
+    const uint64_t mine = last_++;
+    wake_.wait(held, [&] { return now_ == mine; });
+  }
+
+  void unlock() {
+    std::lock_guard<std::mutex> held(mutex_);
+    ++now_;
+    wake_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  uint64_t last_ = 0, now_ = 0;  // the next turn to give away, and the one whose turn it is
+};
+
 // A job is one number: how many of its tasks nobody has taken yet, under a generation. Whoever lowers it by one has a task of a job that
 // is still alive, since a job lives until its last task is done. So the caller waits for tasks, never for a thread: one that the
 // system has put aside costs nothing.
