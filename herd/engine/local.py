@@ -9,12 +9,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from herd.chat import ChatEvent, ChatRequest, Done, Image, Message, Role, Sampling
+from herd.chat import (
+    ChatEvent,
+    ChatRequest,
+    Done,
+    Fold,
+    Image,
+    Message,
+    Sampling,
+    Text,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 from herd.checkpoint.identity import weights_identity
 from herd.checkpoint.load import load_model
 from herd.checkpoint.source import Source
@@ -29,49 +41,68 @@ from herd.model.llama4 import Llama4
 from herd.model.swap import activation_bits
 from herd.ops.attend import Packed
 from herd.ops.native import kernels
+from herd.text.callers import read_choice, read_message, read_tool
 from herd.text.images import Tiles, Tiling, open_image, read_image, tile
 from herd.text.prompt import Prompt, render
 from herd.text.tokenizer import tokenizer_of
 
 
 class Reply(Iterator[str]):
-    """A reply as it comes: iterate for pieces of text, or ask for `text`, which waits for the rest. Closing it frees what it held."""
+    """A reply as it comes: iterate for pieces of text, or ask for the whole, which waits for the rest. Closing it frees what it held."""
 
-    def __init__(self, thread: EngineThread, prompt: Prompt, sampling: Sampling) -> None:
-        self.done: Done | None = None  # why it ended and what it cost, once it has
+    def __init__(
+        self, thread: EngineThread, prompt: Prompt, sampling: Sampling, tools: tuple[Tool, ...] = (), choice: ToolChoice | None = None
+    ) -> None:
         self._closed = False
-        self._pieces: list[str] = []
+        self._fold = Fold()
         self._events: queue.SimpleQueue[ChatEvent | HerdError] = queue.SimpleQueue()
         self._thread = thread
-        self._sequence = thread.engine.sequence(prompt, sampling, self._events.put)
+        self._sequence = thread.engine.sequence(prompt, sampling, self._events.put, tools=tools, tool_choice=choice)
         thread.submit(self._sequence)
 
     def __next__(self) -> str:
-        if self.done or self._closed:
-            raise StopIteration
-        event = self._events.get()
-        if isinstance(event, HerdError):
-            self._closed = True
-            raise event
-        if isinstance(event, Done):
-            self.done = event
-            raise StopIteration
-        self._pieces.append(event.text)
-        return event.text
+        while not self.done and not self._closed:
+            event = self._events.get()
+            if isinstance(event, HerdError):
+                self._closed = True
+                raise event
+            self._fold.add(event)
+            if isinstance(event, Text):
+                return event.text
+        raise StopIteration
+
+    @property
+    def done(self) -> Done | None:
+        """Why it ended and what it cost, once it has."""
+        return self._fold.done
+
+    @property
+    def whole(self) -> Fold:
+        """All that came of it: message, log-probabilities, end."""
+        for _ in self:
+            pass
+        return self._fold
+
+    @property
+    def message(self) -> Message:
+        """The whole reply, as the conversation's next message."""
+        return self.whole.message
 
     @property
     def text(self) -> str:
-        """The whole reply."""
-        for _ in self:
-            pass
-        return "".join(self._pieces)
+        """The text of the whole reply."""
+        return self.message.text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of the whole reply."""
+        return self.message.tool_calls
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Ids of the whole reply, its stop token included."""
-        for _ in self:
-            pass
-        return self.done.tokens if self.done else ()
+        done = self.whole.done
+        return done.tokens if done else ()
 
     def close(self) -> None:
         """Stop computing; pieces that have not been read are lost."""
@@ -142,19 +173,47 @@ class Model:
             raise PromptError("a prompt of tokens holds something that is no int", "give a text, or a list of token ids")
         return Reply(self.thread, Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=()), _sampling(sampling, fields))
 
-    def chat(self, messages: str | ListLike[Message | dict[str, Any]], sampling: Sampling | None = None, **fields: Any) -> Reply:
+    def chat(
+        self,
+        messages: str | ListLike[Message | dict[str, Any]],
+        sampling: Sampling | None = None,
+        *,
+        tools: ListLike[Tool | dict[str, Any]] = (),
+        tool_choice: ToolChoice | str = "auto",
+        **fields: Any,
+    ) -> Reply:
         """Reply to a conversation: a string (one user message), `Message`s, or dicts as in OpenAI's API ({"role", "content"}).
 
+        tools: what the reply may call, as `Tool`s or as in OpenAI's API.  tool_choice: "auto", "none", "required", or the name of a tool.
         fields: those of `herd.chat.Sampling`, in place of a whole one.
         """
         if isinstance(messages, str):
             messages = [Message(role="user", content=(messages,))]
-        return Reply(self.thread, self.prompt([_message(m) for m in messages]), _sampling(sampling, fields))
+        choice = tool_choice if isinstance(tool_choice, ToolChoice) else read_choice(tool_choice)
+        request = ChatRequest(
+            model=self.name,
+            messages=tuple(map(read_message, messages)),
+            sampling=_sampling(sampling, fields),
+            tools=tuple(map(read_tool, tools)),
+            tool_choice=choice,
+        )
+        return Reply(self.thread, self.prompt(request), request.sampling, request.tools, choice)
 
-    def prompt(self, messages: ListLike[Message]) -> Prompt:
-        """Render a conversation for this model, the header of the reply at its end."""
-        self._check_length(sum(len(message.text) for message in messages), "messages")
-        return render(messages, self.tokenizer, chat_format=self.config.chat_format, tiling=self.tiling)
+    def prompt(self, request: ChatRequest | ListLike[Message]) -> Prompt:
+        """Render a conversation for this model, its tools if it may call any, and the header of the reply at its end."""
+        if not isinstance(request, ChatRequest):
+            request = ChatRequest(model=self.name, messages=tuple(request))
+        tools = () if request.tool_choice.mode == "none" else request.tools
+        size = sum(len(message.text) + sum(len(call.arguments) for call in message.tool_calls) for message in request.messages)
+        self._check_length(size, "messages")
+        return render(
+            request.messages,
+            self.tokenizer,
+            chat_format=self.config.chat_format,
+            tiling=self.tiling,
+            tools=tools,
+            tool_format=self.thread.engine.tool_format,
+        )
 
     def _check_length(self, num_chars: int, what: str) -> None:
         """Refuse what cannot fit however it is tokenized, before the minutes that tokenizing it might take."""
@@ -184,27 +243,6 @@ def _sampling(whole: Sampling | None, values: dict[str, Any]) -> Sampling:
         stop = values["stop"]
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
     return replace(whole or Sampling(), **values)
-
-
-def _message(message: Message | dict[str, Any]) -> Message:
-    """A message as the caller wrote it; dicts as in OpenAI's API, with text, image_url, and image parts (a path, bytes or data URI)."""
-    if isinstance(message, Message):
-        return message
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise PromptError(f"a message is {message!r:.100}", 'it must be {"role": ..., "content": ...}, in a list')
-    content = message["content"]
-    parts: list[str | Image] = []
-    for part in [content] if isinstance(content, str) else content or ():
-        match part:
-            case str() | Image():
-                parts.append(part)
-            case {"type": "text", "text": str(text)}:
-                parts.append(text)
-            case {"type": "image_url", "image_url": {"url": str(url)}} | {"type": "image", "image": url}:
-                parts.append(read_image(url))
-            case _:
-                raise PromptError(f"a part of a message is {part!r:.100}", "there are: text, image_url and image, as in OpenAI's API")
-    return Message(role=cast(Role, message["role"]), content=tuple(parts))
 
 
 class Local:
@@ -238,10 +276,13 @@ class Local:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         if any(isinstance(part, Image) for message in request.messages for part in message.content):
-            prompt = await asyncio.wrap_future(self._cutting.submit(model.prompt, request.messages))
+            prompt = await asyncio.wrap_future(self._cutting.submit(model.prompt, request))
         else:
-            prompt = await asyncio.to_thread(model.prompt, request.messages)
-        sequence = model.thread.engine.sequence(prompt, request.sampling, emit)
+            prompt = await asyncio.to_thread(model.prompt, request)
+        tools, choice = request.tools, request.tool_choice
+        sequence = await asyncio.to_thread(  # a grammar may take a while to compile
+            model.thread.engine.sequence, prompt, request.sampling, emit, tools=tools, tool_choice=choice
+        )
         model.thread.submit(sequence)
         try:
             while True:
