@@ -279,10 +279,7 @@ class CallReader:
         """After "["."""
         is_first = True
         while is_first or char != "]":
-            name = ""
-            while char.isalnum() or char in "_-.":
-                name += char
-                char = yield
+            name, char = yield from self._values.name(char)
             yield from self._values.literal("(", (yield from self._values.space(char)))
             self._open(name)
             yield from self._keywords((yield from self._values.space()))
@@ -295,10 +292,7 @@ class CallReader:
         keys: set[str] = set()
         self._values.json += "{"
         while char != ")":
-            key = ""
-            while char.isalnum() or char in "_-.$":
-                key += char
-                char = yield
+            key, char = yield from self._values.name(char)
             if not KEYWORD.fullmatch(key) or (key in keys and not self._is_live):
                 raise BrokenError
             self._values.json += f'{", " if keys else ""}"{key}": '

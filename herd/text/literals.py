@@ -10,6 +10,7 @@ from collections.abc import Generator
 
 MOST_DEPTH = 64  # of lists and objects
 NUMBER_CHARS = 1 << 12
+NAME_CHARS = 64
 SPACES = " \t\r\n"
 
 Step = Generator[None, str, str]  # reads characters; gives a string
@@ -17,7 +18,7 @@ _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "fal
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "\\": "\\", "'": "'", '"': '"', "/": "/", "\n": ""}
 _JSON_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _PYTHON_INT = re.compile(r"[+-]?(0(_?0)*|[1-9](_?[0-9])*)")
-_PYTHON_FLOAT = re.compile(r"[+-]?([0-9](_?[0-9])*\.?([0-9](_?[0-9])*)?|\.[0-9](_?[0-9])*)([eE][+-]?[0-9](_?[0-9])*)?")
+_PYTHON_FLOAT = re.compile(r"(?=.*[.eE])[+-]?([0-9](_?[0-9])*\.?([0-9](_?[0-9])*)?|\.[0-9](_?[0-9])*)([eE][+-]?[0-9](_?[0-9])*)?")
 
 
 class BrokenError(Exception):
@@ -47,11 +48,7 @@ class Literals:
             number = yield from self._number(char)
             self.json += number  # not in one statement: `json` may be taken away while the number is read
         else:
-            word = ""
-            while char.isalpha():
-                word += char
-                char = yield
-            self.back = char
+            word, self.back = yield from self.name(char)
             if word not in _WORDS:
                 raise BrokenError
             self.json += _WORDS[word]
@@ -165,6 +162,16 @@ class Literals:
             return "\\\\" + json.dumps(char, ensure_ascii=False)[1:-1]
         return json.dumps(_ESCAPES[char])[1:-1]
 
+    def name(self, char: str) -> Generator[None, str, tuple[str, str]]:
+        """A name, and the character after it."""
+        text = ""
+        while char.isalnum() or char in "_-.$":
+            text += char
+            char = yield
+            if len(text) > NAME_CHARS:
+                raise BrokenError
+        return text, char
+
     def space(self, char: str = " ") -> Step:
         """The first character from `char` on that is no white space."""
         while char in SPACES:
@@ -194,7 +201,7 @@ class Literals:
         text = ""
         while (char := (yield)) != '"':
             text += char
-            if char in "\\\n" or len(text) > 64:
+            if char in "\\\n" or len(text) > NAME_CHARS:
                 raise BrokenError
         return text
 
