@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from herd.errors import HerdError
+from herd.ops.pick import mask
 from herd.text.grammar import refused
 from herd.text.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ class Grammar:
 
     def __init__(self, matcher: "LLMatcher", num_tokens: int) -> None:
         self._matcher = matcher
-        self._bits = np.zeros(-(-num_tokens // 32), dtype=np.int32)
+        self._bits = torch.zeros(-(-num_tokens // 32), dtype=torch.int32)
         self._is_ready = False
         self._num_tokens = num_tokens
 
@@ -44,15 +44,14 @@ class Grammar:
     def prepare(self) -> None:
         """Make the mask of the next token, if it is not made."""
         if not self._is_ready and not self._matcher.is_stopped():
-            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), self._bits.nbytes)
             self._is_ready = True
 
     def mask(self, logits: Tensor) -> None:
         """Set the logits [V] of tokens that may not come next to -inf. Raises `HerdError` when the grammar has failed."""
         self.prepare()
         self._check()
-        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=len(logits)).view(np.bool_)
-        logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
+        mask(logits, self._bits)
 
     def read(self, token: int) -> None:
         """Go on by a token that was drawn. Raises `HerdError` when the grammar has failed."""
@@ -69,9 +68,10 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise HerdError(
-                f"the reply's grammar has failed: {self._matcher.get_error().splitlines()[0]:.300}", "make the schema or grammar simpler"
-            )
+            message = self._matcher.get_error().splitlines()[0]
+            if "NoExtensionBias" in message:
+                raise HerdError("no token of the vocabulary goes on as the reply's grammar wants", "let the grammar take other characters")
+            raise HerdError(f"the reply's grammar has failed: {message:.300}", "make the schema or grammar simpler")
 
 
 class Grammars:

@@ -55,7 +55,7 @@ def format_grammar(form: Format, name: str = "reply") -> dict[str, Any]:
         case "json_schema":
             return {"name": name, "json_schema": _schema(form.value, lenient=not form.strict)}
         case "regex":
-            return {"name": name, "lark_grammar": f"start: /{_slashed(form.value)}/"}
+            return {"name": name, "lark_grammar": f"start: /{_between_slashes(form.value)}/"}
         case "choice":
             return {"name": name, "lark_grammar": "start: " + " | ".join(map(_quoted, form.value))}
         case "gbnf":
@@ -66,7 +66,7 @@ def format_grammar(form: Format, name: str = "reply") -> dict[str, Any]:
 
 def refused(message: str, param: str) -> UsageError:
     """The error for a grammar that llguidance does not take. message: llguidance's own."""
-    first = message.strip().replace("\n", " ")
+    first = re.sub(r"^at \d+\(\d+\): failed to compile JSON schema: |\n\s*\d+ \|(?s:.*)", "", message).strip().replace("\n", " ")
     keys = re.match(r"Unimplemented keys: (\[.*\])", first)
     if keys:
         names = ", ".join(json.loads(keys[1]))
@@ -106,9 +106,11 @@ def _quoted(text: str) -> str:
     return json.dumps(text)
 
 
-def _slashed(pattern: str) -> str:
-    """A pattern between slashes."""
-    return re.sub(r"(?s)\\.|/", lambda found: "\\/" if found[0] == "/" else found[0], pattern).replace("\n", "\\n")
+def _between_slashes(pattern: str) -> str:
+    r"""A pattern as Lark has it. \d is 0 to 9, not every digit of Unicode."""
+    from llguidance import regex_to_lark
+
+    return str(regex_to_lark(pattern, "d"))
 
 
 def _from_gbnf(text: str) -> str:

@@ -42,6 +42,7 @@ class Kernels:
         self._library.herd_read.argtypes = [pointer, size]
         self._library.herd_peak.restype = ctypes.c_double
         self._library.herd_sample.argtypes = [pointer, size, pointer, pointer]
+        self._library.herd_mask.argtypes = [pointer, size, pointer]
         self.use_threads(default_threads())
 
     @property
@@ -112,6 +113,12 @@ class Kernels:
             raise not_numbers()
         _check(fault)
         return token.value
+
+    def mask(self, logits: Tensor, bits: Tensor) -> None:
+        """`herd.ops.sample.mask_plain`: logits [V] float32 are changed in place; bits [V/32] int32."""
+        assert logits.dtype == torch.float32 and bits.dtype == torch.int32 and logits.is_contiguous() and bits.is_contiguous()
+        assert len(bits) * 32 >= len(logits)
+        _check(self._library.herd_mask(logits.data_ptr(), len(logits), bits.data_ptr()))
 
     def read_gb_s(self, data: Tensor) -> float:
         """How fast all threads together read memory: GB/s over `data`, which should be far larger than the caches."""
