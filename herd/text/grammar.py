@@ -80,10 +80,11 @@ def refused(message: str, param: str) -> UsageError:
 
 
 _KEYWORDS = {  # what llguidance says of it -> the keyword
+    r"schema is false": "false",
     r"^Unknown format": "format",
     r"^oneOf": "oneOf",
     r"^Invalid type": "type",
-    r"(?i)pointer|resource|anchor": "$ref",
+    r"(?i)pointer|resource|anchor|reference": "$ref",
     r"^patternProp": "patternProperties",
     r"minimum|maximum": "minimum",
     r"minItems|maxItems": "minItems",
