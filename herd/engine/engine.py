@@ -114,7 +114,7 @@ class Engine:
             raise UsageError(f"logit_bias has token {wrong_id}; the vocabulary has {self.model.vocab_size:,}", param="logit_bias")
         choice = tool_choice or ToolChoice()
         tools = () if choice.mode == "none" else tuple(tool for tool in tools if not choice.names or tool.name in choice.names)
-        grammar = reply_grammar(sampling.format, tools, choice, self.tool_format)
+        grammar = reply_grammar(sampling.format, tools, choice, self.tool_format, self.tokenizer.specials)
         param = "tools" if tools else "response_format"
         reader = None
         if tools:

@@ -88,19 +88,23 @@ class Grammars:
         """A fresh grammar. Raises `UsageError` for one that llguidance does not take, with the keyword at fault and `param`."""
         from llguidance import LLMatcher
 
-        with self._lock:  # two requests with the same new schema: one compiles
-            if text in self._compiled:
+        with self._lock:
+            matcher = self._compiled.get(text)
+            if matcher is not None:
                 self._compiled.move_to_end(text)
-            else:
-                if self._vocabulary is None:
-                    self._vocabulary = _vocabulary(self._tokenizer, self._num_tokens, self._stop_ids)
-                matcher = LLMatcher(self._vocabulary, text, log_level=0)
-                if matcher.is_error():
-                    raise refused(matcher.get_error(), param)
+            elif self._vocabulary is None:
+                self._vocabulary = _vocabulary(self._tokenizer, self._num_tokens, self._stop_ids)
+            vocabulary = self._vocabulary
+        if matcher is None:
+            assert vocabulary is not None
+            matcher = LLMatcher(vocabulary, text, log_level=0)  # lets other threads run
+            if matcher.is_error():
+                raise refused(matcher.get_error(), param)
+            with self._lock:
                 self._compiled[text] = matcher
                 if len(self._compiled) > MOST_COMPILED:
                     self._compiled.popitem(last=False)
-            return Grammar(self._compiled[text].deep_copy(), self._num_tokens)
+        return Grammar(matcher.deep_copy(), self._num_tokens)
 
 
 class Masks:

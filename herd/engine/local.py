@@ -33,6 +33,7 @@ from herd.checkpoint.source import Source
 from herd.engine.config import EngineConfig
 from herd.engine.disk import DiskStore, fingerprint
 from herd.engine.engine import Engine
+from herd.engine.sequence import Sequence
 from herd.engine.thread import EngineThread
 from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError, nearest
 from herd.log import log
@@ -275,14 +276,14 @@ class Local:
             with suppress(RuntimeError):  # the loop has closed: nobody reads any more, and that must not stop the engine
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
+        def made() -> Sequence:
+            tools, choice = request.tools, request.tool_choice
+            return model.thread.engine.sequence(model.prompt(request), request.sampling, emit, tools=tools, tool_choice=choice)
+
         if any(isinstance(part, Image) for message in request.messages for part in message.content):
-            prompt = await asyncio.wrap_future(self._cutting.submit(model.prompt, request))
+            sequence = await asyncio.wrap_future(self._cutting.submit(made))
         else:
-            prompt = await asyncio.to_thread(model.prompt, request)
-        tools, choice = request.tools, request.tool_choice
-        sequence = await asyncio.to_thread(  # a grammar may take a while to compile
-            model.thread.engine.sequence, prompt, request.sampling, emit, tools=tools, tool_choice=choice
-        )
+            sequence = await asyncio.to_thread(made)  # rendering a long talk and compiling a grammar take their time
         model.thread.submit(sequence)
         try:
             while True:

@@ -10,7 +10,7 @@ reader of calls (calls.py) takes both ways.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from herd.chat import Format, Tool, ToolChoice
@@ -24,10 +24,12 @@ _SPACE = r"[ \t\r\n]*"
 _ws = r"/[ \n]?/"
 
 
-def reply_grammar(form: Format | None, tools: Sequence[Tool], choice: ToolChoice, tool_format: str) -> str | None:
+def reply_grammar(
+    form: Format | None, tools: Sequence[Tool], choice: ToolChoice, tool_format: str, specials: Container[str] = ()
+) -> str | None:
     """The grammar of a reply, or None where it is free. Raises `UsageError` for what cannot be written as one.
 
-    tool_format: "pythonic", "json" or "tags".
+    tool_format: "pythonic", "json" or "tags".  specials: names of the vocabulary's special tokens; of these, two may stand around calls.
     """
     allowed = [tool for tool in tools if not choice.names or tool.name in choice.names]
     if not allowed or choice.mode == "none":
@@ -38,7 +40,7 @@ def reply_grammar(form: Format | None, tools: Sequence[Tool], choice: ToolChoice
     elif form is not None:
         rules, others = ["start: calls | @format", *calls.required("calls")], [format_grammar(form, "format")]
     else:
-        rules, others = calls.lazy(), []
+        rules, others = calls.lazy([mark for mark in ("<|python_start|>", "<|python_end|>") if mark in specials]), []
     return json.dumps({"grammars": [{"name": "reply", "lark_grammar": "\n".join(rules)}, *others]})
 
 
@@ -135,9 +137,8 @@ class _Calls:
         around = {"pythonic": '"[" {} "]"', "json": "{}", "tags": '"<tool_call>[\\n" {} "\\n]</tool_call>"'}[self.form]
         return [f"{start}: {around.format(f'call {more}')}", *self._rules()]
 
-    def lazy(self) -> list[str]:
-        """Rules whose `start` is text, with calls that open where they are named."""
-        marks = " | TEXT <|python_start|> | TEXT <|python_end|>" if self.form != "tags" else ""
+    def lazy(self, marks: list[str]) -> list[str]:
+        """Rules whose `start` is text, with calls that open where they are named. marks: special tokens that may stand in the text."""
         rules = ["start: part* TEXT", r"TEXT: /(?s:.*)/"]
         if self.form == "tags":
             more = f'("," {_ws} call)*' if self.parallel else ""
@@ -153,7 +154,7 @@ class _Calls:
                 opening, rest = rf'\{{{_SPACE}{kind}"name"{_SPACE}:{_SPACE}"({names})"', f'", \\"parameters\\": " args_{i} "}}"'
             rules.append(f"open_{i}[lazy]: /(?s:.*){opening}/")
             parts.append(f"open_{i} {rest}")
-        return [*rules, f"part: {' | '.join(parts)}{marks}", *self._rules()]
+        return [*rules, f"part: {' | '.join([*parts, *(f'TEXT {mark}' for mark in marks)])}", *self._rules()]
 
     def _more_python(self) -> str:
         return '(", " call)*' if self.parallel else ""

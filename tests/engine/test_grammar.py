@@ -126,6 +126,12 @@ def test_a_call_is_streamed_as_it_is_written(tiny: Model) -> None:
     assert len([event for event in events if isinstance(event, ToolCallDelta)]) > 15
 
 
+def test_special_tokens_may_stand_around_calls(tiny: Model) -> None:
+    start, end = (byte_tokenizer().specials[f"<|python_{name}|>"] for name in ("start", "end"))
+    _, fold = say(make_engine(tiny), [start, *b"So", end, *b"[get-now()]", end, EOT], TOOLS)
+    assert fold.message.text == "So" and len(fold.message.tool_calls) == 1
+
+
 def test_an_open_call_is_held_to_its_schema(tiny: Model) -> None:
     """The script breaks the schema; the model has to find its way to a call all the same."""
     _, fold = say(make_engine(tiny), "[get_weather(town=1)]", TOOLS, max_tokens=60)
