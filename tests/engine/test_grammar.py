@@ -187,6 +187,13 @@ def test_what_a_grammar_forces_is_tested_in_one_step(tiny: Model, text: str) -> 
     assert with_drafts.stats().num_steps < without.stats().num_steps * 0.8
 
 
+def test_guesses_that_the_grammar_allows_are_tested(tiny: Model) -> None:
+    engine = make_engine(tiny)
+    _, fold = say(engine, "abcab" * 12, format=Format(kind="regex", value="[abc]+"))
+    assert fold.message.text == "abcab" * 12
+    assert engine.stats().accepted_tokens > 20
+
+
 def test_seeded_replies_are_the_same_in_any_company(tiny: Model) -> None:
     def sampling(seed: int) -> Sampling:
         form = Format(kind="json_schema", value=SCHEMA) if seed % 2 else None

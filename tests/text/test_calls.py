@@ -167,6 +167,7 @@ NO_CALLS = [
 def test_what_only_looks_like_a_call_is_text(text: str) -> None:
     assert read(text) == (text, [])
     assert read(f"so: {text} yes") == (f"so: {text} yes", [])
+    assert read(f"{text} [add(z=1)]") == (f"{text} ", [("add", '{"z": 1}')])  # and it spoils no call that follows
 
 
 def test_other_spellings() -> None:
@@ -177,6 +178,14 @@ def test_other_spellings() -> None:
     assert read("[add()] [add()];\n[add()]\n") == ("", [("add", "{}")] * 3)
     assert read("<tool_call>[]</tool_call>") == ("", [])
     assert read('<tool_call>{"name": "add", "arguments": {}}') == ("", [("add", "{}")])
+
+
+def test_a_call_may_begin_inside_what_was_none() -> None:
+    assert read("[[add()]]") == ("[]", [("add", "{}")])
+    assert read("[{[add()]") == ("[{", [("add", "{}")])
+    assert read("[nope([add()]") == ("[nope(", [("add", "{}")])
+    assert read("<<function=add>{}</function>") == ("<", [("add", "{}")])
+    assert read("[add(a=[add()]") == ("[add(a=[add()]", [])  # it had opened, so it is text as far as it went
 
 
 def test_text_after_calls_stays() -> None:
