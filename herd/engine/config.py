@@ -23,6 +23,7 @@ class EngineConfig:
     draft_tokens: int = 8  # guesses at a reply's next tokens that one step may test; 0: none
     kv: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # numbers that keys and values are kept in; auto: those of the computation
     activation_bits: Literal[0, 8, 16] = 0  # that 4-bit and 8-bit weights meet on a CPU; 0: 8 in wide models, 16 in narrow ones
+    tool_format: Literal["auto", "pythonic", "json", "tags"] = "auto"  # how tools and calls are written in prompts; auto: as is usual
     threads: int = 0  # CPU threads of the native kernels, which all engines of a process share; 0: as many as it may use
 
     def __post_init__(self) -> None:

@@ -8,9 +8,10 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from herd.chat import ChatEvent, Sampling
+from herd.chat import ChatEvent, Sampling, Tool, ToolChoice
 from herd.engine.config import EngineConfig
 from herd.engine.disk import DiskStore
+from herd.engine.grammar import Grammars, Masks
 from herd.engine.inputs import build_inputs
 from herd.engine.lookup import Lookup
 from herd.engine.pages import Pages
@@ -22,11 +23,13 @@ from herd.engine.sequence import Emit, Sequence
 from herd.engine.shelf import Shelf
 from herd.engine.stats import PoolStats, Stats, Watch
 from herd.engine.trace import Trace
-from herd.errors import ContextError, HerdError, PromptError
+from herd.errors import ContextError, HerdError, PromptError, UsageError
 from herd.model.llama4 import Llama4
 from herd.model.swap import activation_bits
 from herd.ops.native import default_threads, kernels
-from herd.text.prompt import Prompt
+from herd.text.calls import CallReader
+from herd.text.grammar import guarded, reply_grammar
+from herd.text.prompt import Prompt, tool_format_of
 from herd.text.stream import Detokenizer
 from herd.text.tokenizer import Tokenizer
 
@@ -51,6 +54,9 @@ class Engine:
         self.runner = Runner(model, self.pages)
         self.watch = Watch(clock)
         self.trace: Trace | None = None  # where steps are noted, if somebody wants to know
+        self.tool_format = tool_format_of(self.model.chat_format, config.tool_format)
+        self.grammars = Grammars(tokenizer, self.model.vocab_size, self.model.stop_ids)
+        self.masks = Masks()
         self.activation_bits = activation_bits(model)
         native = kernels()
         self.threads = config.threads or default_threads() if native is None else native.share(self, config.threads)
@@ -60,10 +66,19 @@ class Engine:
         """The longest sequence, prompt and reply together."""
         return self.pages.capacity.context_tokens
 
-    def sequence(self, prompt: Prompt, sampling: Sampling, emit: Emit, salt: bytes = b"") -> Sequence:
-        """Make a sequence that is sure to fit. Raises `ContextError` or `PromptError` with the numbers. Safe from any thread.
+    def sequence(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        emit: Emit,
+        salt: bytes = b"",
+        tools: tuple[Tool, ...] = (),
+        tool_choice: ToolChoice | None = None,
+    ) -> Sequence:
+        """Make a sequence that is sure to fit. Raises `ContextError` or `PromptError` with the numbers, and `UsageError` for a format or
+        tools that cannot be enforced. Safe from any thread.
 
-        salt: only sequences with the same one share what they have computed.
+        salt: only sequences with the same one share what they have computed.  tools: those whose calls are looked for in the reply.
         """
         length, room = len(prompt.tokens), self.context_tokens
         if not length:
@@ -95,9 +110,19 @@ class Engine:
             raise PromptError(f"the prompt has {len(patches)} patch tokens and its images give {num_features} features")
         spans = zip(pairwise(ends), prompt.images, strict=True)
         images = [Placed(patches[first], patches[end - 1], tiles) for (first, end), tiles in spans]
+        if wrong_id := next((token for token in sampling.logit_bias if token >= self.model.vocab_size), None):
+            raise UsageError(f"logit_bias has token {wrong_id}; the vocabulary has {self.model.vocab_size:,}", param="logit_bias")
+        choice = tool_choice or ToolChoice()
+        tools = () if choice.mode == "none" else tuple(tool for tool in tools if not choice.names or tool.name in choice.names)
+        grammar = reply_grammar(sampling.format, tools, choice, self.tool_format, self.tokenizer.specials)
+        param = "tools" if tools else "response_format"
+        reader = None
+        if tools:
+            names = [tool.name for tool in tools]
+            reader = CallReader(names, parallel=choice.parallel, trusted=guarded(choice, self.tool_format))
         return Sequence(
             prompt=prompt,
-            sampler=Sampler(self.advised(sampling)),
+            sampler=Sampler(self.advised(sampling), prompt.tokens, self.grammars.compile(grammar, param) if grammar else None),
             detokenizer=Detokenizer(self.tokenizer, sampling.stop),
             stop_ids=frozenset() if sampling.ignore_eos else frozenset(self.model.stop_ids),
             max_reply=wanted or room - length,
@@ -106,6 +131,7 @@ class Engine:
             chain=Chain(page_tokens=self.config.page_tokens, salt=salt, images=images),
             emit=emit,
             arrived=self.watch.clock(),
+            reader=reader,
         )
 
     def advised(self, sampling: Sampling) -> Sampling:
@@ -119,11 +145,14 @@ class Engine:
         """Compute one batch; the events that it gave, for whom. An error ends its own sequence and no other."""
         self.watch.start()
         plan = self.scheduler.next()
+        masks = self.masks.start([p.sequence.sampler.grammar for p in plan.due if p.sequence.sampler.grammar is not None])
         self.watch.lap("plan")
         self.runner.see(plan)
         self.watch.lap("see")
         logits = self.runner(build_inputs(plan, self.pages, self.model))
         seconds = self.watch.lap("run")
+        if masks:
+            masks.result()
         rows = torch.split(logits, [piece.num_rows for piece in plan.due])
         tokens = [_drawn(piece, each) for piece, each in zip(plan.due, rows, strict=True)]
         self.scheduler.learn(plan, seconds + self.watch.lap("sample"))

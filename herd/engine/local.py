@@ -10,12 +10,24 @@ from contextlib import aclosing, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from herd.chat import ChatEvent, ChatRequest, Done, Image, Message, Role, Sampling
+from herd.chat import (
+    ChatEvent,
+    ChatRequest,
+    Done,
+    Fold,
+    Image,
+    Message,
+    Sampling,
+    Text,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 from herd.checkpoint.identity import weights_identity
 from herd.checkpoint.load import load_model, open_model
 from herd.checkpoint.source import Source
@@ -35,21 +47,23 @@ from herd.model.llama4 import Llama4
 from herd.model.swap import activation_bits
 from herd.ops.attend import Packed
 from herd.ops.native import kernels
+from herd.text.callers import read_choice, read_message, read_tool
 from herd.text.images import Tiles, Tiling, open_image, read_image, tile
 from herd.text.prompt import Prompt, render
 from herd.text.tokenizer import Tokenizer, tokenizer_of
 
 
 class Reply(Iterator[str]):
-    """A reply as it comes: iterate for pieces of text, or ask for `text`, which waits for the rest. Closing it frees what it held."""
+    """A reply as it comes: iterate for pieces of text, or ask for the whole, which waits for the rest. Closing it frees what it held."""
 
-    def __init__(self, stay: Stay, prompt: Prompt, sampling: Sampling) -> None:
+    def __init__(
+        self, stay: Stay, prompt: Prompt, sampling: Sampling, tools: tuple[Tool, ...] = (), choice: ToolChoice | None = None
+    ) -> None:
         """stay: ended with the reply, or where there cannot be one."""
-        self.done: Done | None = None  # why it ended and what it cost, once it has
-        self._pieces: list[str] = []
+        self._fold = Fold()
         self._events: queue.SimpleQueue[ChatEvent | HerdError] = queue.SimpleQueue()
         try:
-            sequence = stay.thread.engine.sequence(prompt, sampling, self._events.put)
+            sequence = stay.thread.engine.sequence(prompt, sampling, self._events.put, tools=tools, tool_choice=choice)
             stay.thread.submit(sequence)
         except BaseException:
             stay.end()
@@ -57,32 +71,49 @@ class Reply(Iterator[str]):
         self._held: tuple[Stay, Sequence] | None = (stay, sequence)  # until it has ended: a reply that is kept must keep no weights
 
     def __next__(self) -> str:
-        if self._held is None:
-            raise StopIteration
-        event = self._events.get()
-        if isinstance(event, Done | HerdError):
-            self._leave()
-        if isinstance(event, HerdError):
-            raise event
-        if isinstance(event, Done):
-            self.done = event
-            raise StopIteration
-        self._pieces.append(event.text)
-        return event.text
+        while self._held:
+            event = self._events.get()
+            if isinstance(event, Done | HerdError):
+                self._leave()
+            if isinstance(event, HerdError):
+                raise event
+            self._fold.add(event)
+            if isinstance(event, Text):
+                return event.text
+        raise StopIteration
+
+    @property
+    def done(self) -> Done | None:
+        """Why it ended and what it cost, once it has."""
+        return self._fold.done
+
+    @property
+    def whole(self) -> Fold:
+        """All that came of it: message, log-probabilities, end."""
+        for _ in self:
+            pass
+        return self._fold
+
+    @property
+    def message(self) -> Message:
+        """The whole reply, as the conversation's next message."""
+        return self.whole.message
 
     @property
     def text(self) -> str:
-        """The whole reply."""
-        for _ in self:
-            pass
-        return "".join(self._pieces)
+        """The text of the whole reply."""
+        return self.message.text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of the whole reply."""
+        return self.message.tool_calls
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Ids of the whole reply, its stop token included."""
-        for _ in self:
-            pass
-        return self.done.tokens if self.done else ()
+        done = self.whole.done
+        return done.tokens if done else ()
 
     def close(self) -> None:
         """Stop computing; pieces that have not been read are lost."""
@@ -205,21 +236,49 @@ class Model:
             plain = Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=())
             return Reply(self._resident.stay(), plain, _sampling(sampling, fields))
 
-    def chat(self, messages: str | ListLike[Message | dict[str, Any]], sampling: Sampling | None = None, **fields: Any) -> Reply:
+    def chat(
+        self,
+        messages: str | ListLike[Message | dict[str, Any]],
+        sampling: Sampling | None = None,
+        *,
+        tools: ListLike[Tool | dict[str, Any]] = (),
+        tool_choice: ToolChoice | str = "auto",
+        **fields: Any,
+    ) -> Reply:
         """Reply to a conversation: a string (one user message), `Message`s, or dicts as in OpenAI's API ({"role", "content"}).
 
+        tools: what the reply may call, as `Tool`s or as in OpenAI's API.  tool_choice: "auto", "none", "required", or the name of a tool.
         fields: those of `herd.chat.Sampling`, in place of a whole one.
         """
         if isinstance(messages, str):
             messages = [Message(role="user", content=(messages,))]
+        choice = tool_choice if isinstance(tool_choice, ToolChoice) else read_choice(tool_choice)
+        request = ChatRequest(
+            model=self.name,
+            messages=tuple(map(read_message, messages)),
+            sampling=_sampling(sampling, fields),
+            tools=tuple(map(read_tool, tools)),
+            tool_choice=choice,
+        )
         with self._resident.stay():
-            return Reply(self._resident.stay(), self.prompt([_message(m) for m in messages]), _sampling(sampling, fields))
+            return Reply(self._resident.stay(), self.prompt(request), request.sampling, request.tools, choice)
 
-    def prompt(self, messages: ListLike[Message]) -> Prompt:
-        """Render a conversation for this model, the header of the reply at its end."""
+    def prompt(self, request: ChatRequest | ListLike[Message]) -> Prompt:
+        """Render a conversation for this model, its tools if it may call any, and the header of the reply at its end."""
+        if not isinstance(request, ChatRequest):
+            request = ChatRequest(model=self.name, messages=tuple(request))
+        tools = () if request.tool_choice.mode == "none" else request.tools
+        size = sum(len(message.text) + sum(len(call.arguments) for call in message.tool_calls) for message in request.messages)
         with self._resident.stay():
-            self._check_length(sum(len(message.text) for message in messages), "messages")
-            return render(messages, self.tokenizer, chat_format=self.config.chat_format, tiling=self.tiling)
+            self._check_length(size, "messages")
+            return render(
+                request.messages,
+                self.tokenizer,
+                chat_format=self.config.chat_format,
+                tiling=self.tiling,
+                tools=tools,
+                tool_format=self.thread.engine.tool_format,
+            )
 
     def _check_length(self, num_chars: int, what: str) -> None:
         """Refuse what cannot fit however it is tokenized, before the minutes that tokenizing it might take."""
@@ -251,27 +310,6 @@ def _sampling(whole: Sampling | None, values: dict[str, Any]) -> Sampling:
         stop = values["stop"]
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
     return replace(whole or Sampling(), **values)
-
-
-def _message(message: Message | dict[str, Any]) -> Message:
-    """A message as the caller wrote it; dicts as in OpenAI's API, with text, image_url, and image parts (a path, bytes or data URI)."""
-    if isinstance(message, Message):
-        return message
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise PromptError(f"a message is {message!r:.100}", 'it must be {"role": ..., "content": ...}, in a list')
-    content = message["content"]
-    parts: list[str | Image] = []
-    for part in [content] if isinstance(content, str) else content or ():
-        match part:
-            case str() | Image():
-                parts.append(part)
-            case {"type": "text", "text": str(text)}:
-                parts.append(text)
-            case {"type": "image_url", "image_url": {"url": str(url)}} | {"type": "image", "image": url}:
-                parts.append(read_image(url))
-            case _:
-                raise PromptError(f"a part of a message is {part!r:.100}", "there are: text, image_url and image, as in OpenAI's API")
-    return Message(role=cast(Role, message["role"]), content=tuple(parts))
 
 
 class Local:
@@ -320,12 +358,15 @@ class Local:
             with suppress(RuntimeError):  # the loop has closed: nobody reads any more, and that must not stop the engine
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
+        def made() -> Sequence:
+            salt = json.dumps(request.cache_salt).encode() if request.cache_salt else b""
+            tools, choice = request.tools, request.tool_choice
+            return thread.engine.sequence(model.prompt(request), request.sampling, emit, salt, tools=tools, tool_choice=choice)
+
         if any(isinstance(part, Image) for message in request.messages for part in message.content):
-            prompt = await asyncio.wrap_future(self._cutting.submit(model.prompt, request.messages))
+            sequence = await asyncio.wrap_future(self._cutting.submit(made))
         else:
-            prompt = await asyncio.to_thread(model.prompt, request.messages)
-        salt = json.dumps(request.cache_salt).encode() if request.cache_salt else b""
-        sequence = thread.engine.sequence(prompt, request.sampling, emit, salt)
+            sequence = await asyncio.to_thread(made)  # rendering a long talk and compiling a grammar take their time
         thread.submit(sequence)
         try:
             while True:

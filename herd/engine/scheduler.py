@@ -31,6 +31,7 @@ class Piece:
     stop: int
     num_rows: int  # of the last tokens that give logits: none, or the sequence's last and all drafts
     drafts: list[int] = field(default_factory=list)
+    num_guesses: int = 0  # drafts that were guessed from what the sequence has said; others its grammar forces
 
     @property
     def tokens(self) -> list[int]:
@@ -125,16 +126,13 @@ class Scheduler:
                 tally.failed += self._forget(sequence)
                 continue
             before = len(sequence.tokens)
-            for token in drawn:
-                events += [(sequence, event) for event in sequence.accept(token)]
-                if sequence.finish:
-                    break
+            events += [(sequence, event) for event in sequence.accept(drawn)]
             tally.prompt_tokens += before if before == sequence.num_prompt else 0
             tally.generated_tokens += len(sequence.tokens) - before
             self._computed(sequence, len(sequence.tokens) - 1)  # drafts that were wrong are written over by what comes
             tally.drafted_tokens += len(piece.drafts)
             tally.accepted_tokens += len(drawn) - 1
-            sequence.lookup.learn(len(piece.drafts), len(drawn) - 1)
+            sequence.lookup.learn(piece.num_guesses, len(drawn) - 1)
             if sequence.finish:
                 tally.finished[sequence.finish] += self._forget(sequence)
         return events
@@ -160,14 +158,15 @@ class Scheduler:
         count = min(sequence.num_waiting, most)
         keys: list[bytes] = []
         drafts: list[int] = []
+        num_guesses = 0
         if sequence.num_waiting > 1:
             keys = self.pages.keys(sequence, start, start + count)
             if keys and keys[0] in plan.under_way:
                 return 0
         else:
-            drafts = sequence.lookup.drafts(sequence.tokens, min(most, sequence.reply_left) - 1)
+            drafts, num_guesses = sequence.drafts(min(most, sequence.reply_left) - 1)
             if not self.pages.grow(sequence, start + 1 + len(drafts)):
-                drafts = []  # nobody gives way to a guess
+                drafts, num_guesses = [], 0  # nobody gives way to a guess
         while not self.pages.grow(sequence, start + count):
             victim = self.running.pop()
             self.pages.release(victim)
@@ -178,7 +177,7 @@ class Scheduler:
                 return 0
         is_due = count == sequence.num_waiting
         count += len(drafts)
-        plan.pieces.append(Piece(sequence, start, start + count, is_due + len(drafts), drafts))
+        plan.pieces.append(Piece(sequence, start, start + count, is_due + len(drafts), drafts, num_guesses))
         plan.under_way.update(keys)
         return count
 

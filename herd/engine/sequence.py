@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from herd.chat import ChatEvent, Done, FinishReason, Text, Usage
+from herd.chat import ChatEvent, Done, Drawn, FinishReason, Text, TopToken, Usage
 from herd.engine.lookup import Lookup
 from herd.engine.prefix import Chain
 from herd.engine.sampler import Sampler
 from herd.errors import HerdError
+from herd.text.calls import CallReader
 from herd.text.prompt import Prompt
 from herd.text.stream import Detokenizer
 
@@ -31,6 +32,7 @@ class Sequence:
     chain: Chain  # what its pages hold, as keys
     lookup: Lookup  # guesses at what the reply goes on with
     emit: Emit  # receives events; an error is the last one
+    reader: CallReader | None = None  # finds calls of tools in the text; None where there are no tools
     tokens: list[int] = field(init=False)  # prompt and reply
     num_computed: int = 0  # tokens whose keys and values are in pages
     num_reached: int = 0  # the most that ever were: making room for others can take pages away again
@@ -64,20 +66,62 @@ class Sequence:
         """Which rows of `features` belong to positions [start, stop)."""
         return slice(bisect_left(self.patches, start), bisect_left(self.patches, stop))
 
-    def accept(self, token: int) -> list[ChatEvent]:
-        """Append the token that was drawn, and say what the reader gets to see of it."""
+    def drafts(self, most: int) -> tuple[list[int], int]:
+        """At most `most` tokens that the model may find right next, and how many of them are guesses of `lookup`."""
+        grammar, most = self.sampler.grammar, min(most, self.lookup.most)
+        guesses = self.lookup.drafts(self.tokens, most)
+        if grammar is None:
+            return guesses, len(guesses)
+        drafts = grammar.drafts(guesses, most) if most > 0 else []
+        return drafts, len(drafts) if drafts == guesses[: len(drafts)] else 0
+
+    def accept(self, tokens: list[int]) -> list[ChatEvent]:
+        """Append the tokens that were drawn until one ends the reply, and say what the reader gets to see of them."""
+        events: list[ChatEvent] = []
+        for place, token in enumerate(tokens, start=1):
+            events += self._accept(token, is_last=place == len(tokens) and self.sampler.is_finished)
+            if self.finish:
+                break
+        return events
+
+    def _accept(self, token: int, *, is_last: bool) -> list[ChatEvent]:
+        """is_last: nothing can follow it."""
         self.tokens.append(token)
-        if token in self.stop_ids:
-            text, self.finish = self.detokenizer.finish(), "stop"
-        else:
-            text = self.detokenizer.push(token)
-            if self.detokenizer.stopped:
-                self.finish = "stop"
-            elif not self.reply_left:
-                text, self.finish = text + self.detokenizer.finish(), "length"
-        events: list[ChatEvent] = [Text(text=text)] if text else []
+        events: list[ChatEvent] = []
+        is_stop = token in self.stop_ids
+        if self.sampler.told:
+            told = self._drawn(token)
+            events += [] if is_stop else [told]
+        text = "" if is_stop else self.detokenizer.push(token)
+        if is_stop or is_last or self.detokenizer.stopped:
+            self.finish = "stop"
+        elif not self.reply_left:
+            self.finish = "length"
+        if self.finish:
+            text += self.detokenizer.finish()
+        events += self._read(text)
         if self.finish:
             reply = tuple(self.tokens[self.num_prompt :])
             usage = Usage(prompt_tokens=self.num_prompt, completion_tokens=len(reply), cached_tokens=self.num_cached)
             events.append(Done(reason=self.finish, usage=usage, tokens=reply))
         return events
+
+    def _read(self, text: str) -> list[ChatEvent]:
+        """The events of the reply's next text."""
+        reader = self.reader
+        if reader is None:
+            return [Text(text=text)] if text else []
+        events = reader.push(text)
+        if reader.stopped and not self.finish:
+            self.finish = "stop"
+        if self.finish:
+            events += reader.finish()
+        if self.finish == "stop" and reader.num_calls:
+            self.finish = "tool_calls"
+        return events
+
+    def _drawn(self, token: int) -> Drawn:
+        logprob, top = self.sampler.told.popleft()
+        data = self.detokenizer.tokenizer.token_bytes
+        tops = tuple(TopToken(token=other, data=data(other), logprob=value) for other, value in top)
+        return Drawn(token=token, data=data(token), logprob=logprob, top=tops)

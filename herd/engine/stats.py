@@ -41,8 +41,8 @@ class Stats:
     hit_tokens: int  # taken over from the cache and not computed
     restored_tokens: int  # read back from the disk into the cache
     disk: DiskStats | None  # None where nothing is stored
-    drafted_tokens: int  # guesses that were tested
-    accepted_tokens: int  # guesses that were right
+    drafted_tokens: int  # tokens that were tested ahead: guesses, and what grammars force
+    accepted_tokens: int  # those that were right
     num_steps: int
     seconds: dict[str, float]  # by part of a step: plan, see, run, sample, accept
 

@@ -18,7 +18,7 @@ from herd.ops.attend import Packed, Paged, Together
 from herd.ops.grouped import grouped_linear_mm, grouped_linear_plain
 from herd.ops.int4 import blocks_linear_plain, dequantize
 from herd.ops.native import kernels
-from herd.ops.sample import Draw, sample_plain
+from herd.ops.sample import Draw, mask_plain, sample_plain
 
 OPS = {
     "blocks": "x times 4-bit and 8-bit blocks, of one matrix or of each row's expert",
@@ -27,6 +27,7 @@ OPS = {
     "paged": "attention through pages",
     "step": "all layers of a step",
     "sampling": "from logits to a token",
+    "mask": "logits of tokens that a grammar does not allow",
 }
 
 
@@ -85,6 +86,12 @@ def _sample_native(logits: Tensor, draw: Draw) -> int:
     native = kernels()
     assert native is not None
     return native.sample(logits, draw)
+
+
+def _mask_native(logits: Tensor, bits: Tensor) -> None:
+    native = kernels()
+    assert native is not None
+    native.mask(logits, bits)
 
 
 def _whole_vectors(x: Tensor, weight: Tensor, counts: Tensor) -> bool:
@@ -183,6 +190,8 @@ TABLE = (
         op="sampling", name="native", home="herd/ops/native/", run=_sample_native, devices=("cpu",), dtypes=(torch.float32,), needs=_native
     ),
     Way(op="sampling", name="torch", home="herd/ops/sample.py", run=sample_plain, is_plain=True),
+    Way(op="mask", name="native", home="herd/ops/native/", run=_mask_native, devices=("cpu",), dtypes=(torch.float32,), needs=_native),
+    Way(op="mask", name="torch", home="herd/ops/sample.py", run=mask_plain, is_plain=True),
 )
 
 
@@ -233,3 +242,8 @@ def sample(logits: Tensor, draw: Draw) -> int:
     """logits [V] float32 -> a token, the same in every way."""
     token: int = _call("sampling", logits, logits, draw)
     return token
+
+
+def mask(logits: Tensor, bits: Tensor) -> None:
+    """Set the logits [V] float32 of tokens whose bit is 0 to -inf, in place. bits: [V/32] int32, on the CPU, the lowest first."""
+    _call("mask", logits, logits, bits)

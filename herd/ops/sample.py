@@ -72,6 +72,13 @@ def kept(logits: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     return weights[keep], ids[keep]
 
 
+def mask_plain(logits: Tensor, bits: Tensor) -> None:
+    """Set the logits [V] of tokens whose bit is 0 to -inf, in place. bits: [V/32] int32, the lowest first."""
+    places = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = (bits.to(logits.device)[:, None] >> places & 1).flatten()[: len(logits)]
+    logits.masked_fill_(allowed == 0, -math.inf)
+
+
 def not_numbers() -> HerdError:
     """The error of logits from which nothing can be drawn."""
     return HerdError("the model's logits hold a NaN or +inf, or are all -inf", "its weights may be damaged or overflow in their dtype")

@@ -95,9 +95,10 @@ async def fold(events: AsyncGenerator[ChatEvent, None]) -> tuple[str, Done]:
     pieces: list[str] = []
     async with aclosing(events):
         async for event in events:
-            if not isinstance(event, Text):
+            if isinstance(event, Done):
                 return "".join(pieces), event
-            pieces.append(event.text)
+            if isinstance(event, Text):
+                pieces.append(event.text)
     raise AssertionError("the backend's stream ended without Done")
 
 

@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from herd.chat import ChatEvent, Text, Usage
+from herd.chat import ChatEvent, Done, Text, Usage
 from herd.serve.connection import while_connected
 from herd.serve.errors import error_object, shown
 
@@ -57,12 +57,12 @@ async def chunks(events: AsyncGenerator[ChatEvent, None], reply: dict[str, Any],
                 is_first = False
             if isinstance(event, Text):
                 yield chunk({"content": event.text})
-                continue
-            yield chunk({}, event.reason)
-            if with_usage:
-                yield data({**shared, "choices": [], "usage": usage_object(event.usage)})
-            yield DONE
-            return
+            if isinstance(event, Done):
+                yield chunk({}, event.reason)
+                if with_usage:
+                    yield data({**shared, "choices": [], "usage": usage_object(event.usage)})
+                yield DONE
+                return
     raise AssertionError("the backend's stream ended without Done")
 
 

@@ -8,6 +8,8 @@ which differs when the content starts with a line break: "\n\n" + "\nhello" is 3
 for a chat: the model writes its reply after a header that is already tokens, and reading that reply back as history must give the same
 tokens, or the cached prefix is lost and training sees what serving never makes.
 
+A tool's result has the header "ipython" in Llama 4's prompts; how tools, calls and results are written is in tools.py.
+
 Source: llama_models/llama4/chat_format.py; `tokenizer.chat_template` in SmolLM2-135M-Instruct's GGUF file.
 """
 
@@ -15,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from herd.chat import Image, Message
+from herd.chat import Image, Message, Tool
 from herd.errors import CheckpointError, PromptError, UsageError, nearest
 from herd.text.images import Tiles, Tiling, image_tokens, open_image, tile
 from herd.text.tokenizer import Tokenizer
+from herd.text.tools import TOOL_FORMATS, Special, ToolFormat, in_order
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +44,7 @@ class _Format:
     close: str  # special that ends a turn
     after: str  # text between two turns
     default_system: str  # system message of a conversation that starts without one; "" is none
+    tool_formats: tuple[str, ...]  # forms of tools and calls that its models know, the usual one first
 
 
 _FORMATS = {
@@ -52,6 +56,7 @@ _FORMATS = {
         close="<|eot|>",
         after="",
         default_system="",
+        tool_formats=("pythonic", "json"),
     ),
     "chatml": _Format(
         begin=(),
@@ -61,35 +66,60 @@ _FORMATS = {
         close="<|im_end|>",
         after="\n",
         default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+        tool_formats=("tags",),
     ),
 }
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
 
 
 def render(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, chat_format: str = "llama4", tiling: Tiling | None = None, reply: bool = True
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    chat_format: str = "llama4",
+    tiling: Tiling | None = None,
+    reply: bool = True,
+    tools: Sequence[Tool] = (),
+    tool_format: str = "auto",
 ) -> Prompt:
     """Render a conversation. Raises `PromptError` for one that cannot be, `CheckpointError` when the tokenizer lacks a special token.
 
     chat_format: "llama4" or "chatml".  tiling: how the model cuts images; None, it reads none.  reply: open the assistant's next turn.
+    tools: those that the reply may call.  tool_format: how tools and calls are written: "pythonic", "json", "tags", or "auto".
     Text parts that touch are joined first, so that the tokens do not depend on how a client cut the text.
     """
     if chat_format not in _FORMATS:
         raise UsageError(f"there is no chat format {chat_format!r}", nearest(chat_format, _FORMATS) or f"herd knows {', '.join(_FORMATS)}")
     if not messages:
         raise PromptError("the conversation has no messages", "send at least one", param="messages")
-    form = _FORMATS[chat_format]
+    form, calls = _FORMATS[chat_format], TOOL_FORMATS[tool_format_of(chat_format, tool_format)]
+    for message in messages:
+        _check(message)
+    messages = in_order(messages)
+    if tools:
+        messages = calls.introduce(messages, tools)
     page = _Page(tokenizer, tiling)
     for name in form.begin:
         page.special(name)
     if form.default_system and messages[0].role != "system":
-        page.turn(form, Message(role="system", content=(form.default_system,)))
+        page.turn(form, calls, Message(role="system", content=(form.default_system,)))
     for message in messages:
-        _check(message)
-        page.turn(form, message)
+        page.turn(form, calls, message)
     if reply:
         page.header(form, "assistant")
     return Prompt(page.tokens, page.loss_mask, tuple(page.images))
+
+
+def tool_format_of(chat_format: str, tool_format: str = "auto") -> str:
+    """The form of tools and calls that a model is given. Raises `UsageError` for one that its chat format does not have."""
+    known = _FORMATS[chat_format].tool_formats
+    if tool_format == "auto":
+        return known[0]
+    if tool_format not in known:
+        raise UsageError(
+            f"{chat_format} prompts have no tool format {tool_format!r}", f"there is: auto, {', '.join(known)}", param="tool_format"
+        )
+    return tool_format
 
 
 def _check(message: Message) -> None:
@@ -99,6 +129,10 @@ def _check(message: Message) -> None:
         )
     if message.role != "user" and any(isinstance(part, Image) for part in message.content):
         raise PromptError(f"a message of the {message.role} holds an image", "images belong in the user's messages", param="messages")
+    if message.tool_calls and message.role != "assistant":
+        raise PromptError(f"a message of the {message.role} holds calls", "calls belong in the assistant's messages", param="messages")
+    if message.tool_call_id is not None and message.role != "tool":
+        raise PromptError(f"a message of the {message.role} holds the result of a call", 'its role must be "tool"', param="messages")
 
 
 @dataclass(slots=True)
@@ -111,15 +145,22 @@ class _Page:
     loss_mask: list[bool] = field(default_factory=list)
     images: list[Tiles] = field(default_factory=list)
 
-    def turn(self, form: _Format, message: Message) -> None:
-        loss = message.role == "assistant"
-        self.header(form, message.role)
-        for part in _joined(message.content):
+    def turn(self, form: _Format, calls: ToolFormat, message: Message) -> None:
+        loss, role, close = message.role == "assistant", str(message.role), form.close
+        content: Sequence[str | Image | Special] = list(_joined(message.content))
+        if message.tool_calls:
+            content, close = calls.reply(message), calls.close_reply
+        elif message.role == "tool":
+            content, role, close = [calls.result(message.text)], calls.role, calls.close_result
+        self.header(form, role)
+        for part in content:
             if isinstance(part, str):
                 self.text(part, loss)
+            elif isinstance(part, Special):
+                self.special(part.name, loss)
             else:
                 self.image(part)
-        self.special(form.close, loss)
+        self.special(close, loss)
         self.text(form.after)
 
     def header(self, form: _Format, role: str) -> None:

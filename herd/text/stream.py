@@ -15,14 +15,14 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         assert all(stop), "an empty stop string is found everywhere"
         self.stopped = False
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._stop = tuple(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # decoded, not given out: it is the start of a stop string
 
     def push(self, token_id: int) -> str:
         """The text that is certain once this token is known; often "". A special token adds none."""
-        return self._give(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        return self._give(self._utf8.decode(self.tokenizer.token_bytes(token_id)))
 
     def finish(self) -> str:
         """What was held back, when no token will follow; a broken character becomes U+FFFD."""

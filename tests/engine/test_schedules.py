@@ -15,7 +15,7 @@ from typing import cast
 
 import pytest
 
-from herd.chat import Done, Sampling
+from herd.chat import Done, Format, Sampling
 from herd.engine.engine import Engine
 from herd.engine.local import Model
 from herd.engine.sequence import Sequence
@@ -112,7 +112,14 @@ def test_drawn_replies_are_those_of_an_engine_with_nothing_else_to_do(native: Mo
     run(
         native,
         random.Random(seed),
-        [GREEDY, Sampling(temperature=1.0, top_p=0.9, seed=seed, max_tokens=24), Sampling(temperature=0.2, seed=1)],
+        [
+            GREEDY,
+            Sampling(temperature=1.0, top_p=0.9, seed=seed, max_tokens=24),
+            Sampling(temperature=0.2, seed=1),
+            Sampling(temperature=1.0, seed=seed, frequency_penalty=1.0, repetition_penalty=1.1, logit_bias={101: 4.0}, logprobs=1),
+            Sampling(temperature=1.5, top_p=1.0, seed=seed, format=Format(kind="json_object")),
+            Sampling(temperature=1.0, seed=seed, presence_penalty=0.5, format=Format(kind="regex", value="(abcab){1,9}|[0-9]*")),
+        ],
     )
 
 

@@ -156,6 +156,14 @@ def test_sample(library: Any, changes: dict[str, Any]) -> None:
     assert changed(library.herd_sample, given) == BAD_SHAPE
 
 
+@pytest.mark.parametrize("changes", [{"logits": None}, {"bits": None}, {"count": 0}, {"count": -1}], ids=str)
+def test_mask(library: Any, changes: dict[str, Any]) -> None:
+    logits, bits = torch.zeros(100), torch.zeros(4, dtype=torch.int32)
+    given = {"logits": logits.data_ptr(), "count": 100, "bits": bits.data_ptr()}
+    assert changed(library.herd_mask, given) == OK and bool(logits.isinf().all())
+    assert changed(library.herd_mask, given, **changes) == BAD_SHAPE
+
+
 def matrix(rows: int, columns: int, **changes: Any) -> tables.Matrix:
     fields = {"data": BYTES.data_ptr(), "rows": rows, "columns": columns, "group": 32, "bits": 4, "has_minimum": 0, "reserved": 0}
     return tables.Matrix(**(fields | changes))

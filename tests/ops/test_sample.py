@@ -9,7 +9,7 @@ import torch
 
 from herd.errors import HerdError, UsageError
 from herd.ops.native import Kernels, kernels
-from herd.ops.sample import WEIGHT_BITS, Draw, kept, sample_plain
+from herd.ops.sample import WEIGHT_BITS, Draw, kept, mask_plain, sample_plain
 
 LIMITS: list[dict[str, float]] = [
     {},
@@ -143,3 +143,20 @@ def test_a_draw_is_cheap(native: Kernels, limits: dict[str, float]) -> None:
         native.sample(logits, draw)
         best = min(best, time.process_time() - start)
     assert best < 1.5e-3
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 1000, 49_152])
+def test_a_mask_is_its_bits(count: int) -> None:
+    """Native and plain, held to the bits one by one; what lies behind the last token is not touched."""
+    generator = torch.Generator().manual_seed(count)
+    words = -(-count // 32)
+    kinds = torch.randint(0, 3, (words,), generator=generator)
+    bits = torch.randint(-(1 << 31), (1 << 31) - 1, (words,), dtype=torch.int64, generator=generator).to(torch.int32)
+    bits = torch.where(kinds == 0, 0, torch.where(kinds == 1, -1, bits)).to(torch.int32)
+    logits = torch.randn(count + 1, generator=generator)
+    want = [x if bits[i // 32].item() >> (i % 32) & 1 else float("-inf") for i, x in enumerate(logits[:count].tolist())]
+    native = kernels()
+    for run in [mask_plain] + ([native.mask] if native else []):
+        found = logits.clone()
+        run(found[:count], bits)
+        assert found.tolist() == [*want, logits[count].item()]

@@ -46,6 +46,7 @@ class Kernels:
         self._library.herd_sample.argtypes = [pointer, size, pointer, pointer]
         self._sharing: WeakSet[object] = WeakSet()  # those that compute on the pool now
         self._deciding = threading.RLock()
+        self._library.herd_mask.argtypes = [pointer, size, pointer]
         self.use_threads(default_threads())
 
     @property
@@ -141,6 +142,12 @@ class Kernels:
             raise not_numbers()
         _check(fault)
         return token.value
+
+    def mask(self, logits: Tensor, bits: Tensor) -> None:
+        """`herd.ops.sample.mask_plain`: logits [V] float32 are changed in place; bits [V/32] int32."""
+        assert logits.dtype == torch.float32 and bits.dtype == torch.int32 and logits.is_contiguous() and bits.is_contiguous()
+        assert len(bits) * 32 >= len(logits)
+        _check(self._library.herd_mask(logits.data_ptr(), len(logits), bits.data_ptr()))
 
     def read_gb_s(self, data: Tensor) -> float:
         """How fast all threads together read memory: GB/s over `data`, which should be far larger than the caches."""

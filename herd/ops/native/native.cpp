@@ -468,4 +468,17 @@ int herd_sample(const float* logits, int64_t count, const HerdDraw* draw, int64_
   }
 }
 
+// -inf for each of the logits [count] whose bit is 0. Takes no lock and no thread of the pool.
+int herd_mask(float* logits, int64_t count, const uint32_t* bits) {
+  if (!logits || !bits || count < 1) return kBadShape;
+#ifdef HERD_X86
+  if (machine().path != kPortable) {
+    avx2::mask(logits, count, bits);
+    return kOk;
+  }
+#endif
+  portable::mask(logits, count, bits);
+  return kOk;
+}
+
 }  // extern "C"

@@ -283,3 +283,18 @@ HERD_TARGET inline int sample(const float* logits, int64_t count, const HerdDraw
   }
   return kOk;
 }
+
+// -inf where a token's bit is 0. Most words of 32 tokens are all allowed or all not.
+HERD_TARGET inline void mask(float* logits, int64_t count, const uint32_t* bits) {
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < count; i += 32) {
+    const uint32_t word = bits[i / 32];
+    if (word == ~uint32_t(0)) continue;
+    float* x = logits + i;
+    const int64_t n = std::min<int64_t>(32, count - i);
+    if (n == 32)
+      for (uint32_t j = 0; j < 32; ++j) x[j] = word >> j & 1 ? x[j] : kNever;
+    else
+      for (uint32_t j = 0; j < n; ++j) x[j] = word >> j & 1 ? x[j] : kNever;
+  }
+}
