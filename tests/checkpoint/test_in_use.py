@@ -7,6 +7,7 @@ import pytest
 
 import herd
 from herd.checkpoint.convert import convert, write
+from herd.checkpoint.load import load_model
 from herd.checkpoint.quantize import quantize_checkpoint, quantized
 from herd.engine.local import Model
 from herd.errors import UsageError
@@ -51,3 +52,13 @@ def test_nothing_is_written_over(to: str, tmp_path: Path) -> None:
         quantize_checkpoint("tiny", served, "int4")
     assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in served.iterdir()} == held
     assert entries(tmp_path) == ["model"] and said(model)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+def test_a_mapped_model_holds_no_descriptor(tmp_path: Path) -> None:
+    """A process may have 1,024 as a rule, and Maverick has more tensors than that."""
+    served = checkpoint(tmp_path / "model", 0)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    model, source = load_model(served)
+    assert sum(stored.view is not None for stored in source.tensors.values()) > 10
+    assert len(list(Path("/proc/self/fd").iterdir())) == before and model.norm.weight.isfinite().all()
