@@ -28,6 +28,7 @@ CONFINED = {
     "uvicorn": ["serve/*"],
     "pydantic": ["serve/*"],
     "PIL": ["text/images.py"],
+    "llguidance": ["text/grammar.py", "engine/grammar.py"],
 }
 
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "manager", "base", "misc"}

@@ -1,1 +1,1 @@
-"""Words and pictures to tokens and back: tokenizers, the prompt renderer, image tiles, the detokenizer. No model needed."""
+"""Words and pictures to tokens and back: tokenizers, prompts, images, tools and calls, grammars, streaming text. No model needed."""

@@ -11,10 +11,12 @@ reader of calls (calls.py) takes both ways.
 import json
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from herd.chat import Format, Tool, ToolChoice
 from herd.errors import UsageError
+from herd.log import log
 from herd.text.calls import KEYWORD
 
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -99,10 +101,62 @@ _KEYWORDS = {  # what llguidance says of it -> the keyword
 }
 
 
-def _schema(schema: Mapping[str, Any] | bool, *, lenient: bool = False) -> Any:
-    """A schema with how to write it; not a schema by itself where it is true or false."""
+def _schema(schema: Any, *, lenient: bool = False, param: str = "response_format") -> Any:
+    """A schema with how to write it. Raises `UsageError` for what JSON cannot hold."""
     whole = dict(schema) if isinstance(schema, Mapping) else {"allOf": [schema]}
+    try:
+        json.dumps(whole)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"the JSON schema is no JSON: {error}", "make it of dicts, lists, texts and numbers", param=param) from error
+    if not lenient and _moves_a_reference(whole):
+        message = "the JSON schema uses $ref beside $id, which drafts read differently: it cannot be enforced"
+        raise UsageError(message, "give the part with $id a place of its own", param=param)
     return {**whole, "x-guidance": {**_COMPACT, "lenient": lenient}}
+
+
+def _moves_a_reference(schema: Any) -> bool:
+    """Whether somewhere `$ref` stands beside `$id`: up to draft 7 the reference is read as if `$id` were not there, later from it."""
+    if isinstance(schema, list):
+        return any(map(_moves_a_reference, schema))
+    if not isinstance(schema, Mapping):
+        return False
+    if isinstance(schema.get("$ref"), str) and any(isinstance(schema.get(key), str) for key in ("$id", "id")):
+        return True
+    return any(_moves_a_reference(part) for key, part in schema.items() if key not in ("const", "enum", "default", "examples"))
+
+
+@lru_cache(maxsize=1024)
+def _fault(schema: str) -> str:
+    """Why llguidance does not take a schema, or ""."""
+    from llguidance import LLMatcher
+
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(json.dumps({"grammars": [{"json_schema": json.loads(schema)}]}))
+    return messages[0].splitlines()[0] if is_error else ""
+
+
+def _of_tool(schema: Any, tool: Tool) -> str:
+    """A schema of a tool's arguments, as JSON. What of it cannot be enforced is left to the model where the tool is not strict: keywords
+    one by one where llguidance can do without them, else properties, else all of it.
+    """
+    whole = _schema(schema, lenient=not tool.strict, param="tools")
+    if tool.strict or not _fault(json.dumps(whole)):
+        return json.dumps(whole)
+    log.debug("tool %s: a schema of its arguments is enforced in part only: %s", tool.name, _fault(json.dumps(whole)))
+    properties = whole.get("properties")
+    if isinstance(properties, Mapping) and whole.get("type") == "object":
+        shared = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
+        kept = {
+            key: True if _fault(json.dumps(_schema({**shared, **_mapping(part)}, lenient=True))) else part
+            for key, part in properties.items()
+        }
+        looser = {**whole, "properties": kept}
+        if not _fault(json.dumps(looser)):
+            return json.dumps(looser)
+    return json.dumps(_schema({"type": "object"} if whole.get("type") == "object" else True, lenient=True))
+
+
+def _mapping(schema: Any) -> Mapping[str, Any]:
+    return schema if isinstance(schema, Mapping) else {"allOf": [schema]}
 
 
 def _quoted(text: str) -> str:
@@ -168,7 +222,7 @@ class _Calls:
             else:
                 key = "parameters" if self.form == "json" else "arguments"
                 yield f'call_{i}: "{{\\"name\\": \\"{tool.name}\\", \\"{key}\\": " args_{i} "}}"'
-                yield f"args_{i}: %json {json.dumps(_schema({**_object(tool)}, lenient=not tool.strict))}"
+                yield f"args_{i}: %json {_of_tool(_object(tool), tool)}"
 
     def _keywords(self, i: int, tool: Tool) -> Iterator[str]:
         """Rules of a tool's arguments in Python's form: its properties in order, those that are not required at will."""
@@ -200,17 +254,16 @@ class _Calls:
 
     def _value(self, rule: str, schema: Any, shared: dict[str, Any], tool: Tool) -> Iterator[str]:
         kind = schema.get("type") if isinstance(schema, Mapping) else None
-        kinds = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else set()
+        kinds = {one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str)}
         if kinds & {"boolean", "null"} and isinstance(schema, Mapping) and not schema.keys() - _ANNOTATIONS - {"type"}:
             words = ['"True"', '"False"'] * ("boolean" in kinds) + ['"None"'] * ("null" in kinds)
             rest = sorted(kinds - {"boolean", "null"})
             if rest:
-                yield f"{rule}_j: %json {json.dumps(_schema({**schema, 'type': rest}, lenient=not tool.strict))}"
+                yield f"{rule}_j: %json {_of_tool({**schema, 'type': rest}, tool)}"
                 words.append(f"{rule}_j")
             yield f"{rule}: {' | '.join(words)}"
             return
-        whole = {**shared, **schema} if isinstance(schema, Mapping) else schema
-        yield f"{rule}: %json {json.dumps(_schema(whole, lenient=not tool.strict))}"
+        yield f"{rule}: %json {_of_tool({**shared, **_mapping(schema)}, tool)}"
 
 
 def _object(tool: Tool) -> dict[str, Any]:
@@ -218,4 +271,8 @@ def _object(tool: Tool) -> dict[str, Any]:
     if not tool.parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     whole = {**tool.parameters, "type": "object"}
+    properties, required = whole.get("properties", {}), whole.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list) or not all(isinstance(key, str) for key in required):
+        message = f"the parameters of {tool.name} are no JSON schema: properties is no object, or required no list of names"
+        raise UsageError(message, "write them as JSON Schema has it", param="tools")
     return {"additionalProperties": False, **whole} if "properties" in whole and not whole.keys() - _PLAIN_OBJECT else whole

@@ -218,6 +218,7 @@ def test_seeded_replies_are_the_same_in_any_company(tiny: Model) -> None:
         ({"type": "string", "pattern": "(?=a)b"}, "pattern"),
         ({"oneOf": [{"type": "string"}, {"minLength": 3}]}, "oneOf"),
         ({"$ref": "#/nowhere"}, r"\$ref"),
+        ({"allOf": [{"$id": "https://example.org/a", "$ref": "b.json"}]}, r"\$ref beside \$id"),
         ({"type": "strin"}, "type"),
     ],
 )
@@ -228,6 +229,36 @@ def test_what_cannot_be_enforced_is_refused_by_its_name(tiny: Model, schema: dic
     strict = Tool(name="f", parameters={"type": "object", "properties": {"a": schema}}, strict=True)
     with pytest.raises(UsageError, match=keyword) as caught:
         make_engine(tiny).sequence(plain_prompt([1]), GREEDY, print, tools=(strict,))
+    assert caught.value.param == "tools"
+
+
+ODD: dict[str, Any] = {
+    "a": {"type": "string", "pattern": "(?=a)b", "maxLength": 2},
+    "b": {"$ref": "https://example.org/x"},
+    "c": {"type": "integer", "minimum": 1, "maximum": 3},
+    "d": {"oneOf": [{"type": "boolean"}, {"enum": [True]}]},
+}
+
+
+@pytest.mark.parametrize("form", ["pythonic", "json"])
+@pytest.mark.parametrize("kept", ["acd", "abcd"])
+def test_of_a_tool_that_is_not_strict_all_is_enforced_that_can_be(tiny: Model, form: str, kept: str) -> None:
+    tool = Tool(name="f", parameters={"type": "object", "properties": {key: ODD[key] for key in kept}, "required": ["c"]})
+    engine = make_engine(tiny, tool_format=form)  # type: ignore[arg-type]
+    ended = 0
+    for seed in range(6):
+        sampling = {"temperature": 1.5, "top_p": 1.0, "seed": seed, "max_tokens": 400, "logit_bias": {34: 3.0, 125: 3.0, 93: 3.0}}
+        _, fold = say(engine, list(range(256)), (tool,), ToolChoice(mode="required", parallel=False), **sampling)
+        if fold.done and fold.done.reason == "tool_calls":
+            ended += 1
+            assert json.loads(fold.message.tool_calls[0].arguments)["c"] in (1, 2, 3)
+    assert ended
+
+
+@pytest.mark.parametrize("parameters", [{"properties": []}, {"required": "a"}, {"required": [1]}, {"properties": {"a": {"enum": {1, 2}}}}])
+def test_parameters_that_are_no_schema(tiny: Model, parameters: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="no JSON") as caught:
+        make_engine(tiny).sequence(plain_prompt([1]), GREEDY, print, tools=(Tool(name="f", parameters=parameters),))
     assert caught.value.param == "tools"
 
 
