@@ -238,7 +238,9 @@ def found(points: list[Point], searches: dict[str, Search], bound: float) -> lis
     ]
     if len(best) == 2:
         ours, theirs = best["herd"], best["llama.cpp"]
-        said.append(f"**herd bears {ours.rate / theirs.rate:.2f} times the requests, {ours.tokens_s / theirs.tokens_s:.2f} times the tok/s.**")
+        said.append(
+            f"**herd bears {ours.rate / theirs.rate:.2f} times the requests, {ours.tokens_s / theirs.tokens_s:.2f} times the tok/s.**"
+        )
     return ["", f"Highest rate at which 95 % of first tokens come within {bound:g} s:", "", *(f"* {line}" for line in said)] if said else []
 
 
