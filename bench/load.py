@@ -7,9 +7,9 @@ Requests arrive at random (Poisson), at a rate that is doubled and then halved i
 first tokens come within the bound. Both servers are searched so, step by step in turn, and meet the same requests at the same moments.
 
 The requests: a system message that all share; nine of ten are short questions (20 words in the median), one brings a document of 200 to 900
-words; replies are 16 to 192 tokens, 48 in the median, whatever the model would say (ignore_eos, greedy). llama.cpp's server runs as it comes,
-continuous batching and prompt cache included, with 16 slots; herd too, but without drafts: past its end a reply of so small a model repeats
-itself, and guesses would be right too often. The client shares the two cores with the server, for both alike.
+words; replies are 16 to 192 tokens, 48 in the median, whatever the model would say (ignore_eos, greedy). llama.cpp's server runs as it
+comes, continuous batching and prompt cache included, with 16 slots; herd too, but without drafts: past its end a reply of so small a model
+repeats itself, and guesses would be right too often. The client shares the two cores with the server, for both alike.
 """
 
 import argparse
@@ -32,20 +32,18 @@ from herd.log import log, show_logs
 
 SLOTS, SLOT_TOKENS = 16, 4096
 SYSTEM = (
-    "You are the assistant of a public library. You answer questions about books, opening hours, rooms and events. You are polite and brief, "
-    "you never invent a title, and you say so when you do not know. When a visitor brings a text, you read it with care before you answer."
+    "You are the assistant of a public library. You answer questions about books, opening hours, rooms and events. You are polite and "
+    "brief, you never invent a title, and you say so when you do not know. A text that a visitor brings you read with care."
 )
-WORDS = (
-    "the a of and to in is that it for was on are as with they at be this from have or by one had not but what all were when we there can an "
-    "your which their said if do will each about how up out them then she many some so these would other into has more her two like him see "
-    "time could no make than first been its who now people my made over did down only way find use may water long little very after words "
-    "called just where most know get through back much before go good new write our used me man too any day same right look think also "
-    "around another came come work three word must because does part even place well such here take why things help put years different "
-    "away again off went old number great tell men say small every found still between name should home big give air line set own under read "
-    "last never us left end along while might next sound below saw something thought both few those always looked show large often together "
-    "asked house world going want school important until form food keep children feet land side without boy once animals life enough took "
-    "sometimes four head above kind began almost live page got earth need far hand high year mother light parts country father let night"
-).split()
+_COMMON = (
+    "the a of and to in is that it for was on are as with they at be this from have or by one had not but what all were when we there "
+    "can an your which their said if do will each about how up out them then she many some so these would other into has more her two "
+    "like him see time could no make than first been its who now people my made over did down only way find use may water long little "
+    "very after words called just where most know get through back much before go good new write our used me man too any day same "
+    "right look think also around another came come work three word must because does part even place well such here take why things "
+    "help put years different away again off went old number great tell men say "
+)
+WORDS = _COMMON.split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +205,12 @@ def about(arguments: argparse.Namespace, asked: list[Request], prompts: dict[str
         "",
         f"Command: `python bench/load.py {model} {gguf} --rival llama-server --requests {len(asked)} --bound {arguments.bound:g} "
         f"--halvings {arguments.halvings} --seed {arguments.seed}`, commit {commit or '?'}.",
-        f"Hardware: {cpu()}, {arguments.threads} threads for each server, the client on the same cores; Python {platform.python_version()}.",
-        f"llama.cpp: {version.removeprefix('version: ')}, `-np {SLOTS} -c {SLOTS * SLOT_TOKENS}`, continuous batching and prompt cache on as "
-        f"they are by default. herd: `--max-sequences={SLOTS} {' '.join(arguments.herd_options)}`.",
+        f"Hardware: {cpu()}, {arguments.threads} threads for each server, client on the same cores; Python {platform.python_version()}.",
+        f"llama.cpp: {version.removeprefix('version: ')}, `-np {SLOTS} -c {SLOTS * SLOT_TOKENS}`, continuous batching and prompt cache on "
+        f"as they are by default. herd: `--max-sequences={SLOTS} {' '.join(arguments.herd_options)}`.",
         f"{len(asked)} requests a rate, Poisson arrivals; prompts of {spread(lengths)} tokens, the system message included (least, median, "
         f"most; {sum(lengths):,} in all), replies of {spread(replies)} ({sum(replies):,}); greedy, ignore_eos; both sides in turn.",
-        "First tokens and gaps in ms, as the client sees them: a gap lies between two pieces of text. CPU: seconds of the server per second.",
+        "First tokens and gaps (between two pieces of text) in ms, as the client sees them. CPU: seconds of the server per second.",
         "",
     ]
 

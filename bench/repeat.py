@@ -9,8 +9,8 @@ that of a model which repeats the file. What Cria itself makes of such requests 
 
 Free chat: 20 questions, Cria's own greedy replies to their end, 200 tokens at most.
 
-Speed is that of decoding, from the first token to the last. The ratio is that of the seconds for all replies of a round; the median round is
-given, with the least and the most.
+Speed is that of decoding, from the first token to the last. The ratio is that of the seconds for all replies of a round; given is the
+median round, with the least and the most.
 """
 
 import argparse
@@ -206,8 +206,9 @@ def main() -> None:
         [
             f"# Guesses at the next tokens: {name}",
             "",
-            f"Command: `python bench/repeat.py {name} --rounds {arguments.rounds}`, commit {commit or '?'}, Python {platform.python_version()}.",
-            f"Hardware: {cpu()}, {engine.threads} threads, one sequence at a time, greedy; up to {arguments.draft_tokens} guesses a step.",
+            f"Command: `python bench/repeat.py {name} --rounds {arguments.rounds}`, commit {commit or '?'}.",
+            f"Hardware: {cpu()}, {engine.threads} threads, Python {platform.python_version()}; one sequence at a time, greedy; up to "
+            f"{arguments.draft_tokens} guesses a step.",
             f"The file has {len(script)} tokens. Same engine with and without, in turn; replies are asserted to be the same.",
             f"Median of {arguments.rounds} rounds after one to warm up (least, most).",
             "",

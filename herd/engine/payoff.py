@@ -43,7 +43,7 @@ class Payoff:
         return min(MOST_PRICE, self.token_s * tokens / seconds) if seconds else MOST_PRICE
 
     def drafts(self, chance: float, others: int, most: int) -> int:
-        """How many guesses pay in a step where `others` sequences get a token each, if each is right with `chance` when those before are."""
+        """How many guesses pay beside `others` sequences that get a token each; `chance`: of each to be right when those before it are."""
         count, sure, rows = 0, 1.0, others + 1
         tokens = float(rows)
         while count < most:
