@@ -1,5 +1,15 @@
-"""A process that holds a model in llama.cpp and times what it is asked for, as `ours.py` does. Needs llama-cpp-python, nothing of herd."""
+"""A process that holds a model in llama.cpp and times what it is asked for, as `ours.py` does. Needs llama-cpp-python, nothing of herd.
 
+usage: llamacpp.py GGUF THREADS        `versus.py` starts it with the python of --rival; by hand, for one number:
+
+    echo '{"do": "decode", "sequences": 8, "prompt": 16, "tokens": 32, "seed": 0, "vocabulary": 2048}' | python bench/llamacpp.py x.gguf 2
+
+The lines in and out are those of `ours.py`, "limits" aside. To build llama-cpp-python for this machine, in an environment of its own:
+
+    CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary :all: llama-cpp-python
+"""
+
+import argparse
 import json
 import random
 import sys
@@ -32,7 +42,10 @@ class Context:
 
 
 def main() -> None:
-    path, threads = sys.argv[1], int(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", help="a file that llama.cpp loads")
+    parser.add_argument("threads", type=int)
+    path, threads = vars(parser.parse_args()).values()
     quiet = L.llama_log_callback(lambda *_: None)  # kept alive: llama.cpp holds only the pointer
     L.llama_log_set(quiet, None)
     L.llama_backend_init()

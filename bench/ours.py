@@ -1,5 +1,19 @@
-"""A process that holds a model in herd's engine and times what it is asked for: one JSON line in, one out. `versus.py` starts it."""
+"""A process that holds a model in herd's engine and times what it is asked for, one JSON line in, one out.
 
+usage: ours.py MODEL THREADS        `versus.py` starts it beside `llamacpp.py`; by hand, for one number:
+
+    echo '{"do": "prefill", "tokens": 512, "seed": 0, "vocabulary": 2048}' | python bench/ours.py cria 2
+
+Its first line says what was loaded. It is asked, and answers with {"seconds": ...} unless said otherwise:
+
+    {"do": "prefill", "tokens": n, ...}                                   a prompt of n random ids, to its first token
+    {"do": "decode", "sequences": b, "prompt": p, "tokens": n, ...}       n tokens for each of b sequences, after prompts of p
+    {"do": "limits", "seed": 0}                                           {"read_gb_s", "peak_gop_s"}: what the machine can do now
+
+"seed" draws the ids, all of them below "vocabulary".
+"""
+
+import argparse
 import json
 import random
 import sys
@@ -13,7 +27,10 @@ from herd.ops.native import kernels
 
 
 def main() -> None:
-    model, threads = sys.argv[1], int(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a checkpoint that herd loads")
+    parser.add_argument("threads", type=int)
+    model, threads = vars(parser.parse_args()).values()
     torch.set_num_threads(1)
     engine = open_engine(model, config=EngineConfig(threads=threads, prefix_cache=False, draft_tokens=0, pace=0), device="cpu")
     native = kernels()

@@ -16,6 +16,7 @@ from herd.chat import ChatEvent
 from herd.engine.config import EngineConfig
 from herd.engine.pace import Pace
 from herd.engine.pages import Pages
+from herd.engine.payoff import Payoff
 from herd.engine.sequence import Sequence
 from herd.engine.shelf import Shelf
 from herd.engine.stats import Tally
@@ -65,7 +66,7 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, pages: Pages, shelf: Shelf | None = None) -> None:
         self.config, self.pages, self.shelf = config, pages, shelf
-        self.pace = Pace(config.pace)
+        self.pace, self.payoff = Pace(config.pace), Payoff()
         self.tally = Tally()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
@@ -99,7 +100,7 @@ class Scheduler:
             pass
         decoding = [s for s in self.running if s.num_waiting == 1]
         for others_left, sequence in zip(reversed(range(len(decoding))), decoding, strict=True):
-            left -= self._plan(plan, sequence, max(min(left, 1), left - others_left))
+            left -= self._plan(plan, sequence, max(min(left, 1), left - others_left), len(decoding) - 1)
         if plan.pieces:
             left = self.pace.prompt_tokens(left)
         prompts = [s for s in self.running if s.num_waiting > 1]
@@ -145,9 +146,13 @@ class Scheduler:
     def learn(self, plan: Plan, seconds: float) -> None:
         """Take note of how long the computation of `plan` took."""
         self.pace.saw(any(piece.is_decoding for piece in plan.pieces), plan.prompt_tokens, seconds)
+        self.payoff.saw(sum(piece.stop - piece.start for piece in plan.pieces), seconds)
 
-    def _plan(self, plan: Plan, sequence: Sequence, budget: int) -> int:
-        """Add the next piece of `sequence` to the plan and give it pages; returns its tokens, 0 where it cannot go on."""
+    def _plan(self, plan: Plan, sequence: Sequence, budget: int, others: int = 0) -> int:
+        """Add the next piece of `sequence` to the plan and give it pages; returns its tokens, 0 where it cannot go on.
+
+        others: sequences that decode in the same step.
+        """
         if sequence not in self.running or not budget:  # it may have given way
             return 0
         if sequence.num_waiting > 1:
@@ -164,7 +169,7 @@ class Scheduler:
             if keys and keys[0] in plan.under_way:
                 return 0
         else:
-            drafts, num_guesses = sequence.drafts(min(most, sequence.reply_left) - 1)
+            drafts, num_guesses = sequence.drafts(min(most, sequence.reply_left) - 1, self.payoff, others)
             if not self.pages.grow(sequence, start + 1 + len(drafts)):
                 drafts, num_guesses = [], 0  # nobody gives way to a guess
         while not self.pages.grow(sequence, start + count):

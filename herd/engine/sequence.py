@@ -9,6 +9,7 @@ from torch import Tensor
 
 from herd.chat import ChatEvent, Done, Drawn, FinishReason, Text, TopToken, Usage
 from herd.engine.lookup import Lookup
+from herd.engine.payoff import Payoff
 from herd.engine.prefix import Chain
 from herd.engine.sampler import Sampler
 from herd.errors import HerdError
@@ -66,10 +67,13 @@ class Sequence:
         """Which rows of `features` belong to positions [start, stop)."""
         return slice(bisect_left(self.patches, start), bisect_left(self.patches, stop))
 
-    def drafts(self, most: int) -> tuple[list[int], int]:
-        """At most `most` tokens that the model may find right next, and how many of them are guesses of `lookup`."""
+    def drafts(self, most: int, payoff: Payoff, others: int) -> tuple[list[int], int]:
+        """At most `most` tokens that the model may find right next, and how many of them are guesses of `lookup`.
+
+        others: how many more sequences decode in the same step.
+        """
         grammar, most = self.sampler.grammar, min(most, self.lookup.most)
-        guesses = self.lookup.drafts(self.tokens, most)
+        guesses = self.lookup.drafts(self.tokens, most, payoff, others)
         if grammar is None:
             return guesses, len(guesses)
         drafts = grammar.drafts(guesses, most) if most > 0 else []

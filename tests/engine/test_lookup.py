@@ -11,7 +11,8 @@ from herd.chat import Done, Sampling
 from herd.engine.engine import Engine
 from herd.engine.graphs import Graphs
 from herd.engine.local import Model
-from herd.engine.lookup import LONGEST, PAUSES, SHORTEST, Lookup
+from herd.engine.lookup import FIRST, LONGEST, Lookup
+from herd.engine.payoff import Payoff
 from herd.engine.sequence import Sequence
 from herd.errors import UsageError
 from herd.model.init import init_weights
@@ -23,50 +24,82 @@ from tests.engine.test_whole import FAMILY, blocks_model, start
 from .test_engine import is_clean, make_engine, plain_prompt
 
 
-def plain_drafts(tokens: list[int], count: int) -> list[int]:
-    """The longest run first, the last place first; what follows is copied token by token, so it may copy itself."""
-    for length in range(LONGEST, SHORTEST - 1, -1):
+def plain_run(tokens: list[int]) -> tuple[int, int]:
+    """The position after, and the length of, the longest run (2 to 32 tokens) of last tokens that stands before; 0, 0 for none.
+
+    Among runs of 2 to 4 the longest, and there the last place; what is found is followed backwards.
+    """
+    for length in (4, 3, 2):
         for place in range(len(tokens) - length - 1, -1, -1):
             if tokens[place : place + length] == tokens[-length:]:
-                grown = list(tokens)
-                for i in range(count):
-                    grown.append(grown[place + length + i])
-                return grown[len(tokens) :]
-    return []
+                end = place + length
+                while length < min(LONGEST, end) and tokens[end - length - 1] == tokens[-length - 1]:
+                    length += 1
+                return end, length
+    return 0, 0
+
+
+class Cheap(Payoff):
+    """Takes any number of guesses, whatever their chance."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def drafts(self, chance: float, others: int, most: int) -> int:
+        return min(self.count, most)
+
+
+def known(step_s: float, token_s: float) -> Payoff:
+    payoff = Payoff()
+    payoff.step_s, payoff.token_s = step_s, token_s
+    return payoff
 
 
 def test_guesses_are_the_plain_ones() -> None:
-    """Ids of one to four bytes, with bytes that look like others' halves."""
+    """Ids of one to four bytes, with bytes that look like others' halves. What is copied may copy itself."""
     rng = random.Random(0)
     for _ in range(300):
         ids = rng.choice([[0, 1], [0, 256, 1], [1, 65536, 257, 65537], [202047, 3, 770], list(range(30))])
         tokens = [rng.choice(ids) for _ in range(rng.randint(1, 12))]
         lookup = Lookup(8)
         for _ in range(20):
-            lookup.size = rng.randint(1, 8)
-            most = rng.randint(0, 8)
-            assert lookup.drafts(tokens, most) == plain_drafts(tokens, min(lookup.size, most))
+            most, count = rng.randint(0, 8), rng.randint(1, 8)
+            end, length = plain_run(tokens)
+            grown = list(tokens)
+            for i in range(min(most, count) if length else 0):
+                grown.append(grown[end + i])
+            assert lookup.drafts(tokens, most, Cheap(count)) == grown[len(tokens) :]
             tokens += [rng.choice(ids) for _ in range(rng.randint(1, 3))]
 
 
-def test_what_is_right_gets_more_and_what_is_wrong_a_pause() -> None:
-    lookup = Lookup(8)
-    sizes = []
-    for num_accepted in (2, 4, 8, 3, 0, 0):
-        drafts = lookup.drafts([1] * 20, 8)
-        sizes.append(len(drafts))
-        lookup.learn(len(drafts), num_accepted)
-    assert sizes == [2, 4, 8, 8, 3, 1]
-    pauses = []
-    for _ in range(6):
-        steps = 0
-        while not (drafts := lookup.drafts([1] * 20, 8)):
-            steps += 1
-        assert len(drafts) == 1
-        lookup.learn(1, 0)
-        pauses.append(steps)
-    assert pauses == [16, 32, 64, 128, 256, PAUSES[1]]
-    assert not Lookup(0).drafts([1] * 20, 8)
+def test_chances_are_learned_with_and_without_guesses() -> None:
+    """Of a text that repeats itself, a lookup that may not guess learns the same as one that does."""
+    part = [random.Random(1).randrange(1000) for _ in range(50)]
+    text = part * 4
+    asked, unasked = Lookup(1), Lookup(1)
+    for end in range(1, len(text)):
+        drafts = asked.drafts(text[:end], 1, Cheap(1))
+        if drafts:
+            asked.learn(1, int(drafts[0] == text[end]))
+        assert not unasked.drafts(text[:end], 1, Cheap(0))
+    unasked.drafts(text, 1, Cheap(0))
+    for kind in range(5):
+        assert asked.chance(kind) == unasked.chance(kind) > FIRST[kind]
+    assert asked.num_accepted == asked.num_drafted > 100 and unasked.num_drafted == 0
+
+
+def test_where_guesses_are_wrong_they_end() -> None:
+    """After two tokens that stood together before comes each time another: a few are tried, and then none."""
+    lookup, payoff, tokens = Lookup(8), known(20e-3, 1e-3), [1, 2]
+    drafted = []
+    for i in range(60):
+        tokens += [100 + i, 1, 2]
+        drafts = lookup.drafts(tokens, 8, payoff)
+        lookup.learn(len(drafts), 0)
+        drafted.append(len(drafts))
+    assert 0 < sum(drafted) < 10 and not any(drafted[-40:])
+    assert not Lookup(0).drafts([1] * 20, 8, payoff)
 
 
 def replies(engine: Engine, sequences: list[Sequence]) -> list[tuple[int, ...]]:
@@ -86,7 +119,7 @@ class Oracle(Lookup):
         super().__init__(8)
         self.num_prompt, self.reply, self.rng = num_prompt, reply, rng
 
-    def drafts(self, tokens: ListLike[int], most: int) -> list[int]:
+    def drafts(self, tokens: ListLike[int], most: int, payoff: Payoff, others: int = 0) -> list[int]:
         done = len(tokens) - self.num_prompt
         found = list(self.reply[done : done + min(max(most, 0), self.rng.randint(0, self.most))])
         if found and self.rng.random() < 0.6:
@@ -119,6 +152,7 @@ def test_replies_are_those_without_guesses(tiny: Model, sampling: dict[str, Any]
     found: list[list[tuple[int, ...]]] = []
     for draft_tokens in (0, 8, 8):
         engine = make_engine(tiny, draft_tokens=draft_tokens, step_tokens=64)
+        engine.scheduler.payoff = Cheap(draft_tokens)
         sequences = [engine.sequence(plain_prompt(p), wanted, lambda event: None) for p in prompts]
         found.append(replies(engine, with_oracles(sequences, found[0], random.Random(9)) if len(found) == 2 else sequences))
         assert all(len(reply) == 60 for reply in found[-1])
@@ -137,6 +171,7 @@ def test_native_replies_are_those_without_guesses(name: str) -> None:
     found = []
     for draft_tokens in (0, 8):
         engine, sequences = start(model, prompts, max_tokens=50, draft_tokens=draft_tokens)
+        engine.scheduler.payoff = Cheap(draft_tokens)
         assert engine.runner.whole is not None
         found.append(replies(engine, sequences))
     assert found[0] == found[1] and engine.scheduler.tally.accepted_tokens > 0
@@ -182,10 +217,10 @@ def test_one_random_number_for_each_token(tiny: Model) -> None:
 def test_free_talk_pays_next_to_nothing() -> None:
     """Random text of few words, where there is always something to guess and it is nearly always wrong: under 2 % more tokens."""
     rng = random.Random(6)
-    lookup = Lookup(8)
+    lookup, payoff = Lookup(8), known(3e-3, 1e-3)
     tokens = [rng.randrange(40) for _ in range(400)]
     for _ in range(2000):
-        drafts = lookup.drafts(tokens, 8)
+        drafts = lookup.drafts(tokens, 8, payoff)
         tokens.append(rng.randrange(40))
         right = 0
         while right < len(drafts) and drafts[right] == tokens[-1]:
