@@ -17,6 +17,7 @@ from herd.checkpoint.convert import write
 from herd.checkpoint.names import herd_shapes
 from herd.checkpoint.source import Source, Stored, of_blocks
 from herd.log import show_logs
+from herd.model.config import ModelConfig
 from herd.model.presets import SCOUT
 from herd.ops.int4 import ROWS, Kind
 from herd.quant.int4 import plan
@@ -53,15 +54,10 @@ def hash_of(name: str) -> int:
     return int.from_bytes(name.encode()[-7:], "little")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("layers", type=int)
-    parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    show_logs()
-    config = dataclasses.replace(SCOUT, num_layers=arguments.layers, vocab_size=2048, vision=None, context_tokens=131072)
+def write_random(config: ModelConfig, out: Path) -> None:
+    """A checkpoint of random blocks for a text model, with the ids of the byte tokenizer; out: the folder, not there yet."""
     ids = {"bos_id": 256, "stop_ids": (257, 260, 261), "pad_id": 262, "patch_id": -1}  # of the byte tokenizer; no images
-    config = dataclasses.replace(config, **ids)
+    config = dataclasses.replace(config, vision=None, **ids)
     shapes = herd_shapes(config)
     kinds = plan(shapes).kinds
     tensors = {}
@@ -72,7 +68,16 @@ def main() -> None:
             tensors[name] = Stored(shape, torch.float32, lambda a, b: torch.ones(b - a))
         else:
             tensors[name] = random_floats(shape, 0.02)
-    write(Source(config=config, tensors=tensors, files=byte_tokenizer().files(), kind="memory"), arguments.out, "herd")
+    write(Source(config=config, tensors=tensors, files=byte_tokenizer().files(), kind="memory"), out, "herd")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layers", type=int)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    show_logs()
+    write_random(dataclasses.replace(SCOUT, num_layers=arguments.layers, vocab_size=2048, context_tokens=131072), arguments.out)
 
 
 if __name__ == "__main__":
