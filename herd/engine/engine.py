@@ -21,7 +21,7 @@ from herd.engine.scheduler import Piece, Scheduler
 from herd.engine.sequence import Emit, Sequence
 from herd.engine.shelf import Shelf
 from herd.engine.stats import PoolStats, Stats, Watch
-from herd.errors import ContextError, HerdError, PromptError
+from herd.errors import ContextError, HerdError, PromptError, UsageError
 from herd.model.llama4 import Llama4
 from herd.model.swap import activation_bits
 from herd.ops.native import default_threads, kernels
@@ -48,6 +48,12 @@ class Engine:
         self.shelf = Shelf(self.pages, store, self.model.global_layers) if store is not None else None
         self.scheduler = Scheduler(config, self.pages, self.shelf)
         self.runner = Runner(model, self.pages)
+        if self.pages.file is not None and self.runner.whole is None:
+            raise UsageError(
+                "kv_folder is set, and this model runs layer by layer, which would read a whole context into memory",
+                "the native kernels read it from the file: they take int4 or int8 models in float32 (herd quantize)",
+                param="kv_folder",
+            )
         self.watch = Watch(clock)
         self.threads = config.threads or default_threads()
         self.activation_bits = activation_bits(model)

@@ -292,6 +292,8 @@ def open_engine(name: str | Path, *, config: EngineConfig, dtype: torch.dtype | 
     tokenizer = tokenizer_of(source.files)
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)  # parsing a vocabulary leaves tens of megabytes of holes
+    if config.kv_folder is not None and not model.config.global_layers:
+        log.warning("kv_folder is of no use: %s has no global layers, whose pages it is for", short_name(name))
     return Engine(model, tokenizer, config, _store(name, model, source, config))
 
 

@@ -257,8 +257,8 @@ HERD_TARGET inline void weigh(float* scores, int64_t visible, float scale, int64
   store(row.totals, total);
 }
 
-// `rows` queries [rows, K] of one key/value head, row r at the end of visible[r] keys; keys [start, stop) of `slots`, start being where a
-// span starts. The blocks are the same whoever asks, so a row's result does not depend on the other rows.
+// `rows` queries [rows, K] of one key/value head, row r at the end of visible[r] keys; keys [start, stop), whose slots are `slots`, start
+// being where a span starts. The blocks are the same whoever asks, so a row's result does not depend on the other rows.
 HERD_TARGET inline void attend_span(const float* q, int64_t rows, const int64_t* visible, int64_t head, int64_t head_width,
                                     const HerdPages& pages, const int64_t* slots, int64_t start, int64_t stop, float* scratch,
                                     SoftmaxRow* state, float* acc) {
@@ -269,7 +269,7 @@ HERD_TARGET inline void attend_span(const float* q, int64_t rows, const int64_t*
   int64_t first = 0;  // rows before it see nothing of the block: rows see ever more
   for (int64_t at = start; at < stop; at += kKeys) {
     const auto fetch = pages.kind == kFloat32 ? gather<kFloat32> : pages.kind == kBfloat16 ? gather<kBfloat16> : gather<kInt8>;
-    fetch(pages, head, head_width, slots + at, stop - at, keys, values);
+    fetch(pages, head, head_width, slots + (at - start), stop - at, keys, values);
     while (first < rows && visible[first] <= at) ++first;
     const int64_t seeing = rows - first;
     some_rows_times<false>(seeing, q + first * head_width, head_width, keys, kKeys, head_width, scores, kKeys);

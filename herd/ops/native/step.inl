@@ -19,6 +19,8 @@ struct HerdLayer {
   int64_t is_local;
 };
 
+struct HerdFile;
+
 struct HerdModel {
   int64_t width, heads, kv_heads, head_width, experts, experts_per_token, num_layers;
   int32_t activation_parts;    // 1: products round their activations to 8 bits, 2: to 16
@@ -30,6 +32,7 @@ struct HerdModel {
   const HerdLayer* layers;
   const float* norm;          // [D] the last norm
   HerdMatrix embed, head;     // none: `x` comes in as embeddings; hidden states are all that goes out
+  HerdFile* file;             // that the pages of global layers lie in; null: they lie in memory
 };
 
 struct HerdReach {           // of one kind of layer
@@ -50,6 +53,8 @@ struct HerdStep {
   const int64_t* rows;                // [num_rows]
   float* logits;                      // [num_rows, V]; null: none wanted
 };
+
+#include "window.inl"
 
 // The arithmetic of layer.inl on one instruction set.
 struct Floats {
@@ -83,30 +88,37 @@ Blocks blocks_of(const HerdMatrix& m) { return {m.data, m.rows, m.columns, m.gro
 // Up to kQueries neighbouring tokens of one sequence, which attend together.
 struct QueryTile {
   int64_t token, count;
-  const int64_t* slots;  // of the keys, oldest first
+  const int64_t* pages;  // of the keys, oldest first
   int64_t visible;       // keys that the first token sees; each later one sees one more
+
+  int64_t keys() const { return visible + count - 1; }  // that the last token sees
 };
 
-// One kind of layer: where the new tokens go, and how they attend.
+// One kind of layer: where the new tokens go, and how they attend. What is made for a step grows with its tokens, not with the context.
 struct Sight {
-  std::vector<int64_t> slots;  // of all sequences, end to end: in [P, G, S], the row of head 0
-  std::vector<int64_t> write;  // [T]
+  const HerdReach& reach;
+  const int64_t page_rows;     // G * S
+  std::vector<int64_t> write;  // [T] slots
   std::vector<QueryTile> tiles;
 
-  Sight(const HerdReach& reach, const HerdStep& step, int64_t kv_heads) {
-    const int64_t S = reach.page_tokens;
+  Sight(const HerdReach& reach, const HerdStep& step, int64_t kv_heads) : reach(reach), page_rows(kv_heads * reach.page_tokens) {
     if (!reach.pages) return;
-    int64_t total = 0;
-    for (int64_t b = 0; b < step.sequences; ++b) total += reach.lengths[b];
-    slots.reserve(size_t(total));
     const int64_t* pages = reach.pages;
     for (int64_t b = 0, t = 0; b < step.sequences; pages += reach.num_pages[b], t += step.counts[b], ++b) {
-      const int64_t length = reach.lengths[b], old = length - step.counts[b];
-      const int64_t* own = slots.data() + slots.size();  // it was reserved, so it stays
-      for (int64_t j = 0; j < length; ++j) slots.push_back(pages[j / S] * kv_heads * S + j % S);
-      write.insert(write.end(), own + old, own + length);
-      for (int64_t j = 0; j < step.counts[b]; j += kQueries)
-        tiles.push_back({t + j, std::min(kQueries, step.counts[b] - j), own, old + j + 1});
+      const int64_t count = step.counts[b], old = reach.lengths[b] - count;
+      write.resize(size_t(t + count));
+      slots(pages, old, old + count, write.data() + t);
+      for (int64_t j = 0; j < count; j += kQueries) tiles.push_back({t + j, std::min(kQueries, count - j), pages, old + j + 1});
+    }
+  }
+
+  // Of keys [start, stop) of a table: in [P, G, S], the row of head 0.
+  void slots(const int64_t* pages, int64_t start, int64_t stop, int64_t* out) const {
+    const int64_t S = reach.page_tokens;
+    for (int64_t page = start / S, place = start % S; start < stop; ++page, place = 0) {
+      const int64_t count = std::min(S - place, stop - start), first = pages[page] * page_rows + place;
+      for (int64_t i = 0; i < count; ++i) out[i] = first + i;
+      out += count, start += count;
     }
   }
 };
@@ -134,7 +146,8 @@ class Step {
     m.inputs.hold(T, std::max(D, H * K), parts);
     m.hidden.hold(T, F, parts);
     const int64_t rows = kQueries * (H / G);
-    m.hold_scratch(rows * (3 * K + kKeys) + 2 * kKeys * K + 2 * rows * int64_t(sizeof(SoftmaxRow) / sizeof(float)));
+    m.hold_scratch(rows * (2 * K + kKeys) + 2 * kKeys * K + rows * int64_t(sizeof(SoftmaxRow) / sizeof(float)));
+    joined.resize(size_t(T * H));
   }
 
   void run() {
@@ -178,6 +191,7 @@ class Step {
     add_one(job, layer.k, m.inputs, qkv + H * K, W);
     add_one(job, layer.v, m.inputs, qkv + (H + G) * K, W);
     compute(job, m.pool);
+    if (model.file && !layer.is_local) Window(*model.file, layer.pages, K, full.reach, step.sequences).open_new(step);
     each_token([&](int64_t t) { place_heads(layer, t); });
     attend(layer);
     each_token([&](int64_t t) { round(attended + t * H * K, H * K, m.inputs, t); });
@@ -222,81 +236,98 @@ class Step {
   }
 
   // Tiles of queries by key/value heads; where these are too few to share out, as in the decoding of long contexts, also by spans of keys.
+  // Spans are joined in order, whoever summed them up and however many at a time.
   void attend(const HerdLayer& layer) {
-    const std::vector<QueryTile>& tiles = (layer.is_local ? local : full).tiles;
+    const Sight& sight = layer.is_local ? local : full;
+    const std::vector<QueryTile>& tiles = sight.tiles;
     int64_t longest = 0, rows = 0;
     for (const QueryTile& tile : tiles) {
-      longest = std::max(longest, tile.visible + tile.count - 1);
+      longest = std::max(longest, tile.keys());
       rows = std::max(rows, tile.count * (H / G));
     }
-    const int64_t num_spans = (longest + kSpan - 1) / kSpan, num_tiles = int64_t(tiles.size());
-    if (num_spans == 1 || num_tiles * G >= 8 * m.pool.size()) {
-      parallel(m.pool, num_tiles * G, [&](int64_t task, int worker) {
-        const QueryTile& tile = tiles[size_t(task / G)];
-        Rows r(*this, tile, task % G, worker);
-        const int64_t keys = tile.visible + tile.count - 1;
-        r.span(layer.pages, 0, std::min(keys, kSpan), r.state, r.acc);
-        for (int64_t start = kSpan; start < keys; start += kSpan) {
-          r.span(layer.pages, start, std::min(keys, start + kSpan), r.later, r.later_acc);
-          for (int64_t i = 0; i < r.count; ++i) f.join_spans(r.state[i], r.acc + i * K, r.later[i], r.later_acc + i * K, K);
-        }
-        r.finish(r.state, r.acc);
-      });
-      return;
+    const int64_t num_spans = (longest + kSpan - 1) / kSpan, num_tasks = int64_t(tiles.size()) * G;
+    const bool by_spans = num_spans > 1 && num_tasks < 8 * m.pool.size();
+    const int64_t most = by_spans ? std::max<int64_t>(16, kSpanBytes / (num_tasks * rows * (K + 9) * int64_t(sizeof(float)))) : num_spans;
+    std::unique_ptr<Window> window;
+    if (model.file && !layer.is_local) window.reset(new Window(*model.file, layer.pages, K, sight.reach, step.sequences));
+    for (int64_t first = 0, last; first < num_spans; first = last) {
+      last = std::min(num_spans, first + most);
+      if (window) last = window->open(first, last);
+      if (by_spans) {
+        states.resize(size_t(num_tasks * (last - first) * rows));
+        accs.resize(states.size() * size_t(K));
+        const auto place = [&](int64_t task, int64_t span) { return size_t((task * (last - first) + span - first) * rows); };
+        parallel(m.pool, num_tasks * (last - first), [&](int64_t i, int worker) {
+          const int64_t task = i / (last - first), span = first + i % (last - first);
+          const QueryTile& tile = tiles[size_t(task / G)];
+          if (span * kSpan < tile.keys())
+            Rows(*this, sight, tile, task % G, worker).span(layer.pages, span, &states[place(task, span)], &accs[place(task, span) * size_t(K)]);
+        });
+        parallel(m.pool, num_tasks, [&](int64_t task, int worker) {
+          Rows r(*this, sight, tiles[size_t(task / G)], task % G, worker);
+          for (int64_t span = first; span < last && span * kSpan < r.tile.keys(); ++span)
+            r.join(span, &states[place(task, span)], &accs[place(task, span) * size_t(K)]);
+          if (last == num_spans) r.finish();
+        });
+      } else {
+        parallel(m.pool, num_tasks, [&](int64_t task, int worker) {
+          Rows r(*this, sight, tiles[size_t(task / G)], task % G, worker);
+          for (int64_t span = first; span < last && span * kSpan < r.tile.keys(); ++span) {
+            r.span(layer.pages, span, r.state, r.acc);
+            r.join(span, r.state, r.acc);
+          }
+          if (last == num_spans) r.finish();
+        });
+      }
     }
-    states.resize(size_t(num_tiles * G * num_spans * rows));
-    accs.resize(states.size() * size_t(K));
-    const auto place = [&](int64_t tile, int64_t g, int64_t span) { return size_t(((tile * G + g) * num_spans + span) * rows); };
-    parallel(m.pool, num_tiles * G * num_spans, [&](int64_t task, int worker) {
-      const int64_t i = task / (G * num_spans), g = task / num_spans % G, span = task % num_spans;
-      const QueryTile& tile = tiles[size_t(i)];
-      const int64_t start = span * kSpan, keys = tile.visible + tile.count - 1;
-      if (start >= keys) return void(std::fill_n(&states[place(i, g, span)], rows, SoftmaxRow{}));
-      Rows(*this, tile, g, worker)
-          .span(layer.pages, start, std::min(keys, start + kSpan), &states[place(i, g, span)], &accs[place(i, g, span) * size_t(K)]);
-    });
-    parallel(m.pool, num_tiles * G, [&](int64_t task, int worker) {
-      const int64_t i = task / G, g = task % G;
-      Rows r(*this, tiles[size_t(i)], g, worker);
-      SoftmaxRow* state = &states[place(i, g, 0)];
-      float* acc = &accs[place(i, g, 0) * size_t(K)];
-      for (int64_t span = 1; span < num_spans; ++span)
-        for (int64_t row = 0; row < r.count; ++row)
-          f.join_spans(state[row], acc + row * K, states[place(i, g, span) + size_t(row)],
-                       &accs[(place(i, g, span) + size_t(row)) * size_t(K)], K);
-      r.finish(state, acc);
-    });
   }
 
-  // The queries of a tile that share a key/value head, and a worker's room for their work.
+  // The queries of a tile that share a key/value head, and a worker's room for their work. What spans are joined to lies in `attended`.
   struct Rows {
-    Rows(Step& s, const QueryTile& tile, int64_t g, int worker)
-        : s(s), tile(tile), g(g), each(s.H / s.G), count(tile.count * each) {
+    Rows(Step& s, const Sight& sight, const QueryTile& tile, int64_t g, int worker)
+        : s(s), sight(sight), tile(tile), g(g), each(s.H / s.G), count(tile.count * each) {
       const int64_t rows = kQueries * each;
       q = s.m.scratch[size_t(worker)].data();
-      acc = q + rows * s.K, later_acc = acc + rows * s.K;
-      state = reinterpret_cast<SoftmaxRow*>(later_acc + rows * s.K), later = state + rows;
-      rest = reinterpret_cast<float*>(later + rows);
+      acc = q + rows * s.K;
+      state = reinterpret_cast<SoftmaxRow*>(acc + rows * s.K);
+      rest = reinterpret_cast<float*>(state + rows);
       for (int64_t r = 0; r < count; ++r) {
         std::memcpy(q + r * s.K, s.qkv + (tile.token + r / each) * s.W + (g * each + r % each) * s.K, size_t(s.K) * sizeof(float));
         visible[r] = tile.visible + r / each;
       }
     }
 
-    void span(const HerdPages& pages, int64_t start, int64_t stop, SoftmaxRow* states, float* accs) {
-      s.f.attend_span(q, count, visible, g, s.K, pages, tile.slots, start, stop, rest, states, accs);
+    void span(const HerdPages& pages, int64_t span, SoftmaxRow* states, float* accs) {
+      const int64_t start = span * kSpan, stop = std::min(tile.keys(), start + kSpan);
+      int64_t slots[kSpan];
+      sight.slots(tile.pages, start, stop, slots);
+      s.f.attend_span(q, count, visible, g, s.K, pages, slots, start, stop, rest, states, accs);
     }
 
-    void finish(const SoftmaxRow* states, const float* accs) {
-      for (int64_t r = 0; r < count; ++r)
-        s.f.finish_row(states[r], accs + r * s.K, s.K, s.attended + (tile.token + r / each) * s.H * s.K + (g * each + r % each) * s.K);
+    void join(int64_t span, const SoftmaxRow* states, const float* accs) {
+      for (int64_t r = 0; r < count; ++r) {
+        float* out = s.attended + head(r) * s.K;
+        if (span > 0) {
+          s.f.join_spans(s.joined[size_t(head(r))], out, states[r], accs + r * s.K, s.K);
+        } else {
+          s.joined[size_t(head(r))] = states[r];
+          std::memcpy(out, accs + r * s.K, size_t(s.K) * sizeof(float));
+        }
+      }
     }
+
+    void finish() {
+      for (int64_t r = 0; r < count; ++r) s.f.finish_row(s.joined[size_t(head(r))], s.attended + head(r) * s.K, s.K, s.attended + head(r) * s.K);
+    }
+
+    int64_t head(int64_t r) const { return (tile.token + r / each) * s.H + g * each + r % each; }
 
     Step& s;
+    const Sight& sight;
     const QueryTile& tile;
     const int64_t g, each, count;
-    float *q, *acc, *later_acc, *rest;
-    SoftmaxRow *state, *later;
+    float *q, *acc, *rest;
+    SoftmaxRow* state;
     int64_t visible[kQueries * kMostQueriesPerKey];
   };
 
@@ -412,6 +443,7 @@ class Step {
   const int64_t T, D, H, G, K, W, R;
   const int parts;
   const Sight local, full;
+  std::vector<SoftmaxRow> joined;  // [T, H] of the spans so far
   std::vector<SoftmaxRow> states;  // of spans
   std::vector<float> accs;
   float *normed, *qkv, *attended, *added, *hidden, *routed_out, *cos, *sin, *temperature;
