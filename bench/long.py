@@ -128,7 +128,7 @@ def compute(folder: Path, part: str, tokens: list[int], model: ModelConfig, conf
         model = dataclasses.replace(model, global_step=None)
     engine = open_engine(make_model(folder / f"model-{'local' if part == 'local' else 'whole'}", model), config=config, device="cpu")
     run(engine, [1] * (chunk + 1), 1, [], None)  # what the kernels work in is there from now on
-    facts = {"threads": engine.threads, "peak_flops": peak_flops()}
+    facts = {"threads": engine.threads, "peak_flops": peak_flops(), "window_bytes": engine.pages.capacity.window_bytes}
     base = memory()
     forget_peak()
     with path.open("a") as lines:
@@ -311,10 +311,11 @@ def report(folder: Path, tokens: int, model: ModelConfig, window_mib: float) -> 
         "| | tokens/s | seconds | CPU seconds | threads | load | of its float32 peak | memory grows by, MiB | formula | decode, ms |",
         "|---" * 10 + "|",
     ]
+    window = parts["file"].get("window_bytes", window_mib * 2**20) / 2**20
     labels = {
         "local": ("local layers alone", 0.0),
         "memory": ("pages in memory", grows + (record_bytes(model, tokens, PAGE) - record_bytes(model, chunk, PAGE)) / 2**20),
-        "file": (f"pages in a file, at most {window_mib:g} MiB of it in memory", window_mib),
+        "file": (f"pages in a file, at most {window:g} MiB of it in memory", window),
     }
     for name, (label, formula) in labels.items():
         if parts[name]["steps"]:
