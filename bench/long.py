@@ -2,24 +2,24 @@
 """A million tokens in one prompt: is the answer right, does memory follow the formula, and do local layers keep their speed?
 
 usage: long.py FOLDER [--tokens 1048576] [--chunk 8192] [--heads 2] [--window-mib 8] [--threads 1] [--save]
-               [--parts local,memory,file,reference]
+               [--parts local,memory,file,reference] [--thin]
 
 FOLDER takes the model and the progress of every part, line by line; a part that was cut short goes on from the chunks that it stored there.
-Parts may run at the same time, from several calls; the table is made of what is there.
+Parts may run at the same time, from several calls; the table is made of what is there. With --thin the global layer looks back only in
+those steps in which a sampled position lies, and in the others no further than the step: the keys and values that it keeps are the same to
+the bit, for they come from the local layers before it, and nothing that is sampled depends on the rest. A million tokens then take minutes.
 
 The model is random, int4, shaped like `tiny` with a global layer between local ones (local, local, local, global, local), so that what the
 global layer makes of a million keys passes through a local layer before it is read. Scores of the global layer are spread widely, so that
 keys count very unequally: with a plain random model every query would see the mean of all values, whatever was lost of them.
 
-The answer is held against another road: no pages, no native kernels, weights as plain floats. Local layers are computed chunk by chunk by
-torch's attention; the global layer at sampled positions only, over blocks of keys whose sums are joined in float64.
+The answer is held against another road (`longroad.py`): no pages, no native kernels, weights as plain floats.
 """
 
 import argparse
 import dataclasses
 import datetime
 import json
-import math
 import os
 import random
 import statistics
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from longroad import plain_model, reference
 from torch import Tensor
 from versus import cpu
 
@@ -40,18 +41,15 @@ from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
 from herd.engine.inputs import Inputs
 from herd.engine.local import open_engine
-from herd.model.attention import Places
 from herd.model.config import ModelConfig
 from herd.model.init import init_weights
-from herd.model.llama4 import Llama4, build
+from herd.model.llama4 import build
 from herd.model.presets import TINY
 from herd.model.size import kv_bytes, record_bytes
-from herd.ops.attend import Packed
-from herd.ops.int4 import dequantize
+from herd.ops.attend import Reach
 from herd.text.prompt import Prompt
 from herd.text.tokenizer import byte_tokenizer
 
-GLOBAL = 3  # the layer
 REPLY = 4  # tokens
 PAGE = 256  # tokens: with heads this narrow a page is 32 KB; of Scout, one of 16 tokens is 131 KB
 SPREAD, LOUD = 1.4, 4.0  # factors on the global layer's queries and keys, and on its output
@@ -95,8 +93,9 @@ def sampled(tokens: int, chunk: int) -> list[int]:
 class Listening:
     """A runner that also asks for the logits of sampled positions."""
 
-    def __init__(self, engine: Engine, positions: list[int]) -> None:
-        self._runner, self._positions = engine.runner, positions
+    def __init__(self, engine: Engine, positions: list[int], *, thin: bool) -> None:
+        self._runner, self._positions, self._thin = engine.runner, positions, thin
+        self.is_whole = True  # whether the last step's global layer has looked back over everything
         self.heard: dict[int, list[float]] = {}
         self.see = engine.runner.see
         engine.runner = self  # type: ignore[assignment]
@@ -105,6 +104,11 @@ class Listening:
         (start,), count = inputs.starts, len(inputs.tokens)
         due = inputs.rows.tolist()
         extra = [p - start for p in self._positions if start <= p < start + count and p - start not in due]
+        self.is_whole = not self._thin or bool(extra or due)
+        if not self.is_whole:
+            full = inputs.attend.full
+            assert full is not None
+            inputs.attend.full = Reach([full.tables[0][start // full.page_tokens :]], [count], full.page_tokens)
         logits = self._runner(dataclasses.replace(inputs, rows=torch.tensor(extra + due, dtype=torch.int64)))
         self.heard |= {start + row: each.tolist() for row, each in zip(extra + due, logits, strict=True)}
         return logits[len(extra) :]
@@ -120,7 +124,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def compute(folder: Path, part: str, tokens: list[int], model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
+def compute(folder: Path, part: str, tokens: list[int], model: ModelConfig, config: EngineConfig, *, thin: bool = False) -> dict[str, Any]:
     """Run the prompt and a reply through the engine; what was seen is added to a file, a line for each step, and is given back."""
     path = folder / f"{part}.jsonl"
     chunk = model.chunk_tokens or 0
@@ -133,16 +137,16 @@ def compute(folder: Path, part: str, tokens: list[int], model: ModelConfig, conf
     forget_peak()
     with path.open("a") as lines:
         lines.write(json.dumps({"base": base, **facts}) + "\n")
-        run(engine, tokens, REPLY, sampled(len(tokens), chunk), lines)
+        run(engine, tokens, REPLY, sampled(len(tokens), chunk), lines, thin=thin and part != "local")
     return progress(path)
 
 
-def run(engine: Engine, tokens: list[int], max_tokens: int, positions: list[int], lines: Any) -> None:
+def run(engine: Engine, tokens: list[int], max_tokens: int, positions: list[int], lines: Any, *, thin: bool = False) -> None:
     """One prompt, step by step."""
     prompt = Prompt(tokens=tokens, loss_mask=[False] * len(tokens))
     sequence = engine.sequence(prompt, Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True), _unheard)
     plain = engine.runner
-    listening = Listening(engine, positions)
+    listening = Listening(engine, positions, thin=thin)
     engine.scheduler.add(sequence)
     while not engine.scheduler.is_idle:
         start, used = time.perf_counter(), time.process_time()
@@ -152,7 +156,7 @@ def run(engine: Engine, tokens: list[int], max_tokens: int, positions: list[int]
             continue
         stop = sequence.num_computed if sequence.finish is None else len(sequence.tokens) - 1
         line = {"stop": stop, "seconds": seconds, "cpu": cpu_seconds, "memory": memory(), "load": os.getloadavg()[0]}
-        line["logits"] = listening.heard
+        line |= {"logits": listening.heard, "whole": listening.is_whole}
         listening.heard = {}
         lines.write(json.dumps(line) + "\n")
         lines.flush()
@@ -180,109 +184,19 @@ def progress(path: Path) -> dict[str, Any]:
     return found
 
 
-# --- the other road
+# --- the other road (longroad.py)
 
 
-def plain_model(blocks: Llama4) -> Llama4:
-    """The same weights as plain floats."""
-    model = build(blocks.config, device="cpu")
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    values = {name: dequantize(t, torch.float32) if t.dtype == torch.uint8 else t for name, t in blocks.state_dict().items()}
-    model.load_state_dict({name: value.view(wanted[name]) for name, value in values.items()})
-    return model.eval()
-
-
-class Caught:
-    """Attention that only takes down its keys and values."""
-
-    def __call__(self, layer: int, is_local: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        del layer, is_local
-        self.k, self.v = k, v
-        return torch.zeros_like(q)
-
-
-class Full:
-    """Attention of a few queries from position `start` on to all keys [m, K] before them and their own, block by block."""
-
-    def __init__(self, keys: Tensor, values: Tensor, start: int, block: int, without: int | None = None) -> None:
-        self.keys, self.values, self.start, self.block, self.without = keys, values, start, block, without
-
-    def __call__(self, layer: int, is_local: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        del layer, is_local, k, v
-        return torch.cat([self.some(part, self.start + 128 * i) for i, part in enumerate(q.split(128))])
-
-    def some(self, q: Tensor, start: int) -> Tensor:
-        """q: [n, H, K] from position `start` on -> [n, H, K]."""
-        n, H, K = q.shape
-        rows = q.reshape(n * H, K) / math.sqrt(K)
-        position = torch.arange(start, start + n).repeat_interleave(H)[:, None]
-        most = torch.full((n * H, 1), -math.inf, dtype=torch.float64)
-        total, acc = torch.zeros(n * H, 1, dtype=torch.float64), torch.zeros(n * H, K, dtype=torch.float64)
-        for first in range(0, start + n, self.block):
-            if first // self.block == self.without:
-                continue
-            keys, values = self.keys[first : min(start + n, first + self.block)], self.values[first : min(start + n, first + self.block)]
-            scores = rows @ keys.T  # [n * H, block]
-            if first + len(keys) > start:
-                scores.masked_fill_(torch.arange(first, first + len(keys)) > position, -math.inf)
-            largest = torch.maximum(most, scores.amax(1, keepdim=True).double())
-            weights = scores.sub_(largest.float()).exp_()
-            keep = (most - largest).exp()
-            # what float32 rounds of `largest` is the same in both sums of this block and of no account
-            total, acc, most = total * keep + weights.sum(1, keepdim=True).double(), acc * keep + (weights @ values).double(), largest
-        return (acc / total).float().view(n, H, K)
-
-
-@torch.inference_mode()
-def reference(model: Llama4, tokens: list[int], positions: list[int], say: Any = None) -> tuple[dict[int, Tensor], dict[int, list[Tensor]]]:
-    """Logits at positions, by the other road; and at the first of them in the second half, those without each block of keys in turn."""
-    config, chunk = model.config, model.config.chunk_tokens
-    assert config.global_layers == (GLOBAL,) and chunk is not None and config.num_kv_heads == 1
-    ends: dict[int, int] = {}  # of each chunk that a position lies in, the last one
-    for position in positions:
-        ends[position // chunk] = max(position + 1, ends.get(position // chunk, 0))
-    keys, values = torch.empty(len(tokens), config.head_width), torch.empty(len(tokens), config.head_width)
-    before: dict[int, Tensor] = {}  # what comes to the global layer, of the chunks that are wanted
-    for start in range(0, len(tokens), chunk):
-        part = torch.tensor(tokens[start : start + chunk])
-        places = Places.of(config, torch.arange(start, start + len(part)))
-        x = model.embed(part)
-        for block in model.layers[:GLOBAL]:
-            x = block(x, places, Packed([len(part)], None))
-        block, caught = model.layers[GLOBAL], Caught()
-        block.attention(block.attention_norm(x), places, caught)
-        keys[start : start + len(part)], values[start : start + len(part)] = caught.k[:, 0], caught.v[:, 0]
-        if start // chunk in ends:
-            before[start // chunk] = x[: ends[start // chunk] - start]
-        if say:
-            say(f"the other road: {start + len(part):,} tokens of local layers")
-
-    def logits(c: int, without: int | None = None) -> Tensor:
-        x, start = before[c], c * chunk
-        places = Places.of(config, torch.arange(start, start + len(x)))
-        x = model.layers[GLOBAL](x, places, Full(keys, values, start, chunk, without))
-        for block in model.layers[GLOBAL + 1 :]:
-            x = block(x, places, Packed([len(x)], None))
-        return model.logits(x)
-
-    found: dict[int, Tensor] = {}
-    for c in before:
-        rows = logits(c)
-        found |= {position: rows[position - c * chunk] for position in positions if position // chunk == c}
-        if say:
-            say(f"the other road: chunk {c}")
-    probe = next(p for p in positions if p >= len(tokens) // 2 and p % chunk == 0)
-    return found, {probe: [logits(probe // chunk, without)[0] for without in range(probe // chunk)]}
-
-
-def compute_reference(folder: Path, tokens: list[int], model: ModelConfig, reply: list[int]) -> dict[str, Any]:
-    """The other road to the sampled positions and to those of the reply."""
-    path, chunk = folder / "reference.pt", model.chunk_tokens or 0
+def compute_reference(folder: Path, tokens: list[int], model: ModelConfig) -> dict[str, Any]:
+    """The other road to the sampled positions and to a reply of its own."""
     engine = open_engine(make_model(folder / "model-whole", model), config=EngineConfig(kv_gib=0.1), device="cpu")
-    positions = [*sampled(len(tokens), chunk), *range(len(tokens), len(tokens) + REPLY - 1)]
-    found, without = reference(plain_model(engine.runner.model), [*tokens, *reply], positions, lambda text: sys.stderr.write(text + "\n"))
-    torch.save({"logits": found, "without": without}, path)
-    return {"logits": found, "without": without}
+    plain = plain_model(engine.runner.model)
+    logits, without = reference(
+        plain, tokens, sampled(len(tokens), model.chunk_tokens or 0), REPLY, lambda text: sys.stderr.write(text + "\n")
+    )
+    found = {"logits": logits, "without": without}
+    torch.save(found, folder / "reference.pt")
+    return found
 
 
 # --- the table
@@ -308,8 +222,8 @@ def report(folder: Path, tokens: int, model: ModelConfig, window_mib: float) -> 
         f"on one of keys and values, in float32; pages of {PAGE} tokens. What the global layer keeps grows by {grows:.1f} MiB after the",
         "first chunk.",
         "",
-        "| | tokens/s | seconds | CPU seconds | threads | load | of its float32 peak | memory grows by, MiB | formula | decode, ms |",
-        "|---" * 10 + "|",
+        "| | steps | tokens/s | seconds | CPU seconds | threads | load | of float32 peak | memory grows, MiB | formula | decode, ms |",
+        "|---" * 11 + "|",
     ]
     window = parts["file"].get("window_bytes", window_mib * 2**20) / 2**20
     labels = {
@@ -329,16 +243,17 @@ def report(folder: Path, tokens: int, model: ModelConfig, window_mib: float) -> 
 
 def row(part: dict[str, Any], tokens: int, model: ModelConfig, *, is_local: bool) -> str:
     """Cells of one part; what is counted as work is the multiplications and additions of attention alone."""
-    steps = [step for stop, step in part["steps"].items() if stop <= tokens]
+    steps = [step for stop, step in part["steps"].items() if stop <= tokens and step.get("whole", True)]
     computed = len(steps) * (model.chunk_tokens or 0)
     seconds, used = sum(step["seconds"] for step in steps), sum(step["cpu"] for step in steps)
     grown = (max(step["memory"]["peak"] for step in part["steps"].values()) - part["base"]["now"]) / 2**20
     load = statistics.mean(step["load"] for step in steps)
     chunk = model.chunk_tokens or 0
-    pairs = sum(chunk * (stop - chunk / 2) for stop in part["steps"] if stop <= tokens)  # that the global layer weighs
+    pairs = sum(chunk * (step["stop"] - chunk / 2) for step in steps)  # that the global layer weighs
     pairs = (0 if is_local else pairs) + 4 * computed * chunk / 2
     share = pairs * 4 * model.num_heads * model.head_width / used / part["peak_flops"]
-    return f"{computed / seconds:,.0f} | {seconds:,.0f} | {used:,.0f} | {part['threads']} | {load:.1f} | {share:.0%} | {grown:.1f}"
+    work = f"{len(steps)} of {tokens // chunk} | {computed / seconds:,.0f} | {seconds:,.0f} | {used:,.0f}"
+    return f"{work} | {part['threads']} | {load:.1f} | {share:.0%} | {grown:.1f}"
 
 
 def decoding(part: dict[str, Any], tokens: int) -> str:
@@ -349,7 +264,7 @@ def decoding(part: dict[str, Any], tokens: int) -> str:
 def peak_flops() -> float:
     """float32 operations a second of one thread of torch's matrix product, the best of a few."""
     a = torch.randn(768, 768)
-    best = math.inf
+    best = float("inf")
     for _ in range(10):
         start = time.thread_time()
         a @ a
@@ -364,7 +279,8 @@ def by_position(parts: dict[str, Any], tokens: int, chunk: int) -> list[str]:
     for name, part in parts.items():
         cells = []
         for i in range(8):
-            chosen = [s["cpu"] / chunk * 1e6 for stop, s in part["steps"].items() if tokens * i // 8 < stop <= tokens * (i + 1) // 8]
+            steps = [step for stop, step in part["steps"].items() if tokens * i // 8 < stop <= tokens * (i + 1) // 8]
+            chosen = [step["cpu"] / chunk * 1e6 for step in steps if step.get("whole", True)]
             cells.append(f" {statistics.median(chosen):.1f} |" if chosen else " |")
         lines.append(f"| {name} |" + "".join(cells))
     return lines
@@ -385,7 +301,7 @@ def answers(parts: dict[str, Any], other: dict[str, Any], tokens: int) -> list[s
         same = sum(torch.equal(memory_logits[p], file_logits[p]) for p in both)
         lines.append(f"In memory and in the file: the same bits at {same} of {len(both)} positions.")
     lines.append(f"Greedy reply of the other road: {[int(other['logits'][p].argmax()) for p in range(tokens - 1, tokens + REPLY - 1)]}.")
-    ((probe, without),) = other["without"].items()
+    probe, without = other["without"]
     moved = sorted(differences(dict(enumerate(without)), dict.fromkeys(range(len(without)), other["logits"][probe])))
     lines.append(
         f"Were the global layer to lose one chunk's keys, logits at position {probe:,} would move by {moved[len(moved) // 2]:.4f} (median "
@@ -403,6 +319,7 @@ def main() -> None:
     parser.add_argument("--window-mib", type=float, default=8, help="of the file, what may be in memory")
     parser.add_argument("--parts", default="local,memory,file,reference", help="what to compute; none: only the table")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--thin", action="store_true", help="global attention only where a sampled position needs it")
     parser.add_argument("--save", action="store_true", help="write the table under bench/results/")
     arguments = parser.parse_args()
     folder, model = arguments.folder, model_config(arguments.chunk, arguments.heads)
@@ -411,14 +328,15 @@ def main() -> None:
     tokens = prompt_of(arguments.tokens)
     for part in filter(None, arguments.parts.split(",")):
         if part == "reference":
-            compute_reference(folder, tokens, model, progress(folder / "memory.jsonl")["reply"] or [])
+            compute_reference(folder, tokens, model)
             continue
         if len(arguments.parts.split(",")) > 1:  # each in a process of its own, whose memory is then its own too
             command = [sys.executable, __file__, *sys.argv[1:], "--parts", part]
             if os.spawnv(os.P_WAIT, sys.executable, [word for word in command if word != "--save"]):
                 sys.exit(f"error: {part} ended early")
             continue
-        compute(folder, part, tokens, model, choices(folder, part, len(tokens), model, arguments.window_mib, arguments.threads))
+        config = choices(folder, part, len(tokens), model, arguments.window_mib, arguments.threads)
+        compute(folder, part, tokens, model, config, thin=arguments.thin)
     lines = report(folder, len(tokens), model, arguments.window_mib)
     print("\n".join(lines))
     if arguments.save:
