@@ -12,7 +12,7 @@ from herd.checkpoint.load import open_source
 from herd.checkpoint.store import resolve
 from herd.model.config import ModelConfig
 from herd.model.presets import PRESETS
-from herd.model.size import WEIGHT_KINDS, kv_bytes, parameters, weight_bytes
+from herd.model.size import KV_KINDS, WEIGHT_KINDS, kv_bytes, parameters, weight_bytes
 from herd.ops.pick import OPS, TABLE, Way, ways
 
 CONTEXTS = {"8K": 8192, "128K": 131_072, "1M": 1_048_576, "10M": 10_485_760}
@@ -47,17 +47,20 @@ def report(name: str, config: ModelConfig, available: int, where: str) -> list[s
         "",
         f"memory in GiB   {'':10}" + "".join(f"{kind:>20}" for kind in WEIGHT_KINDS),
         f"weights         {'':10}" + "".join(f"{weight_bytes(size, kind) / gib:20,.1f}" for kind in WEIGHT_KINDS),
+        "",
+        f"                {'':10}" + "".join(f"{kind:>20}" for kind in KV_KINDS),
     ]
     for label, tokens in CONTEXTS.items():
         cells = []
-        for kind in WEIGHT_KINDS:
+        for kind in KV_KINDS:
             kv = kv_bytes(config, tokens, kind)
-            total = weight_bytes(size, kind) + kv
-            cells.append(f"{kv / gib:9,.2f}, {'fits' if total <= available else 'no fit':>6}".rjust(20))
+            beside = next((weights for weights in WEIGHT_KINDS if weight_bytes(size, weights) + kv <= available), "no fit")
+            cells.append(f"{kv / gib:9,.2f}, {beside:>6}".rjust(20))
         past = "" if tokens <= config.context_tokens else f"   past its context of {config.context_tokens:,}"
         lines.append(f"KV at {label:<5}     {tokens:>10,}" + "".join(cells) + past)
-    lines += ["", f"fits: weights and KV together within {available / gib:.1f} GiB of {where}."]
-    lines += ["int4 weights stay int4. On a CPU fp8 ones become int8 (8.5 bits), others and KV are fp32; on a GPU they are bf16."]
+    lines += ["", f"Behind KV: the widest weights that it fits beside, within {available / gib:.1f} GiB of {where}."]
+    lines += ["int4 weights stay int4. On a CPU fp8 ones become int8 (8.5 bits), others are fp32; on a GPU they are bf16."]
+    lines += ["--kv says what KV is; without it, fp32 on a CPU and bf16 on a GPU. --kv-folder keeps that of global layers in a file."]
     return lines
 
 

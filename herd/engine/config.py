@@ -13,6 +13,8 @@ class EngineConfig:
 
     context_tokens: int | None = None  # longest sequence, prompt and reply together; None: the model's, or what kv_gib holds
     kv_gib: float = 2.0  # GiB for keys and values of all sequences, of each model where there are several
+    kv_folder: Path | None = None  # where a file of no name holds those of global layers, so that contexts outgrow memory; None: nowhere
+    kv_disk_gib: float = 20.0  # GiB that this file may take; kv_gib then bounds what of it is in memory, and the local layers' together
     max_sequences: int = 16  # sequences that are computed at once; more wait
     step_tokens: int = 512  # tokens of one step: every decoding sequence takes one, prefill gets the rest
     page_tokens: int = 16  # tokens per page; must divide the model's chunk
@@ -44,7 +46,7 @@ class EngineConfig:
             raise UsageError(f"pace is {self.pace}; it must be between 0 and 1", param="pace")
         if self.context_tokens is not None and self.context_tokens < 2:
             raise UsageError(f"context_tokens is {self.context_tokens}; it must be at least 2", param="context_tokens")
-        for name in ("kv_gib", "prefix_gib"):
+        for name in ("kv_gib", "kv_disk_gib", "prefix_gib"):
             if not 0 < getattr(self, name) < 1e6:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0 and below a million", param=name)
         if self.prefix_folder is not None and not self.prefix_cache:

@@ -52,6 +52,12 @@ class Engine:
         self.shelf = Shelf(self.pages, store, self.model.global_layers) if store is not None else None
         self.scheduler = Scheduler(config, self.pages, self.shelf)
         self.runner = Runner(model, self.pages)
+        if self.pages.file is not None and self.runner.whole is None:
+            raise UsageError(
+                "kv_folder is set, and this model runs layer by layer, which would read a whole context into memory",
+                "the native kernels read it from the file: they take int4 or int8 models in float32 (herd quantize)",
+                param="kv_folder",
+            )
         self.watch = Watch(clock)
         self.trace: Trace | None = None  # where steps are noted, if somebody wants to know
         self.tool_format = tool_format_of(self.model.chat_format, config.tool_format)

@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-import queue
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as ListLike
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
@@ -19,13 +18,10 @@ from herd.chat import (
     ChatEvent,
     ChatRequest,
     Done,
-    Fold,
     Image,
     Message,
     Sampling,
-    Text,
     Tool,
-    ToolCall,
     ToolChoice,
 )
 from herd.checkpoint.identity import weights_identity
@@ -35,6 +31,7 @@ from herd.engine.config import EngineConfig
 from herd.engine.disk import DiskStore, fingerprint
 from herd.engine.engine import Engine
 from herd.engine.memory import hand_back
+from herd.engine.reply import Reply
 from herd.engine.resident import Resident, State, Stay
 from herd.engine.sequence import Sequence
 from herd.engine.stats import Stats
@@ -51,85 +48,6 @@ from herd.text.callers import read_choice, read_message, read_tool
 from herd.text.images import Tiles, Tiling, open_image, read_image, tile
 from herd.text.prompt import Prompt, render
 from herd.text.tokenizer import Tokenizer, tokenizer_of
-
-
-class Reply(Iterator[str]):
-    """A reply as it comes: iterate for pieces of text, or ask for the whole, which waits for the rest. Closing it frees what it held."""
-
-    def __init__(
-        self, stay: Stay, prompt: Prompt, sampling: Sampling, tools: tuple[Tool, ...] = (), choice: ToolChoice | None = None
-    ) -> None:
-        """stay: ended with the reply, or where there cannot be one."""
-        self._fold = Fold()
-        self._events: queue.SimpleQueue[ChatEvent | HerdError] = queue.SimpleQueue()
-        try:
-            sequence = stay.thread.engine.sequence(prompt, sampling, self._events.put, tools=tools, tool_choice=choice)
-            stay.thread.submit(sequence)
-        except BaseException:
-            stay.end()
-            raise
-        self._held: tuple[Stay, Sequence] | None = (stay, sequence)  # until it has ended: a reply that is kept must keep no weights
-
-    def __next__(self) -> str:
-        while self._held:
-            event = self._events.get()
-            if isinstance(event, Done | HerdError):
-                self._leave()
-            if isinstance(event, HerdError):
-                raise event
-            self._fold.add(event)
-            if isinstance(event, Text):
-                return event.text
-        raise StopIteration
-
-    @property
-    def done(self) -> Done | None:
-        """Why it ended and what it cost, once it has."""
-        return self._fold.done
-
-    @property
-    def whole(self) -> Fold:
-        """All that came of it: message, log-probabilities, end."""
-        for _ in self:
-            pass
-        return self._fold
-
-    @property
-    def message(self) -> Message:
-        """The whole reply, as the conversation's next message."""
-        return self.whole.message
-
-    @property
-    def text(self) -> str:
-        """The text of the whole reply."""
-        return self.message.text
-
-    @property
-    def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The calls of the whole reply."""
-        return self.message.tool_calls
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Ids of the whole reply, its stop token included."""
-        done = self.whole.done
-        return done.tokens if done else ()
-
-    def close(self) -> None:
-        """Stop computing; pieces that have not been read are lost."""
-        if held := self._leave():
-            stay, sequence = held
-            stay.thread.cancel(sequence)
-
-    def _leave(self) -> tuple[Stay, Sequence] | None:
-        held, self._held = self._held, None
-        if held:
-            held[0].end()
-        return held
-
-    def __del__(self) -> None:
-        if hasattr(self, "_held"):
-            self.close()
 
 
 class Model:
@@ -435,6 +353,8 @@ def open_engine(
     model, source = load_model(name, dtype=dtype, device=device, activation_bits=config.activation_bits)
     tokenizer = tokenizer_of(source.files)
     hand_back()  # parsing a vocabulary leaves tens of megabytes of holes
+    if config.kv_folder is not None and not model.config.global_layers:
+        log.warning("kv_folder is of no use: %s has no global layers, whose pages it is for", short_name(name))
     engine = Engine(model, tokenizer, config, _store(name, model, source, config))
     engine.trace = trace.engine(short_name(name)) if trace else None
     return engine

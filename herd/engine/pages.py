@@ -8,13 +8,15 @@ sequence whose prefix has that key may hold it too. When nobody does it is kept 
 first; a sequence lets go of its last page first, so that chains are lost from their ends.
 """
 
+from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableSequence
 from dataclasses import dataclass
 
 import torch
 
 from herd.engine.config import EngineConfig
+from herd.engine.mapped import MappedFile, padded
 from herd.engine.prefix import resume
 from herd.engine.sequence import Sequence
 from herd.errors import UsageError
@@ -72,7 +74,7 @@ class PagePool:
             self._page[key] = page
             self._key[page] = key
 
-    def give_back(self, pages: list[int]) -> None:
+    def give_back(self, pages: MutableSequence[int]) -> None:
         """Let go of `pages`, the last first, and forget them in the caller's list."""
         while pages:
             page = pages.pop()
@@ -92,10 +94,11 @@ class Capacity:
     context_tokens: int  # longest sequence
     full_pages: int  # for global layers
     local_pages: int  # for local layers
+    window_bytes: int = 0  # of the file that global layers' pages lie in, what may be in memory at once; 0: they lie in memory
 
     @staticmethod
     def of(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> "Capacity":
-        """The most that fits in `config.kv_gib`. Raises `UsageError` when a wanted context does not."""
+        """The most that fits in `config.kv_gib`, and in a file where there is one. Raises `UsageError` when a wanted context does not."""
         chunk = model.chunk_tokens
         if chunk is not None and chunk % config.page_tokens:
             raise UsageError(
@@ -122,6 +125,8 @@ class Capacity:
                 "lower it, or leave it out",
                 param="context_tokens",
             )
+        if config.kv_folder is not None and model.global_layers:
+            return Capacity._with_file(model, config, page_bytes)
         most = config.context_tokens or model.context_tokens
         low, high = 0, config.max_sequences * most
         while low < high:  # the most tokens whose pages fit
@@ -138,6 +143,41 @@ class Capacity:
         full, local = needed(low)
         return Capacity(context_tokens=min(most, low), full_pages=full, local_pages=local)
 
+    @staticmethod
+    def _with_file(model: ModelConfig, config: EngineConfig, page_bytes: int) -> "Capacity":
+        """Global pages take what the file may, local ones at most half of the memory; through the rest the file is seen.
+
+        page_bytes: of one layer.
+        """
+        size, memory = config.page_tokens, int(config.kv_gib * 2**30)
+        most = config.context_tokens or model.context_tokens
+        full = min(int(config.kv_disk_gib * 2**30) // (page_bytes * len(model.global_layers)), config.max_sequences * -(-most // size))
+        tokens, limit = full * size, "kv_disk_gib"
+        local = 0
+        if model.local_layers:
+            wanted = full if model.chunk_tokens is None else min(full, config.max_sequences * model.chunk_tokens // size)
+            local = min(wanted, memory // 2 // (page_bytes * len(model.local_layers)))
+            if local * size < min(tokens, model.chunk_tokens or tokens):
+                tokens, limit = local * size, "kv_gib"
+        wanted = config.context_tokens or 2 * size
+        if tokens < wanted:
+            value = getattr(config, limit)
+            raise UsageError(
+                f"a context of {wanted:,} tokens does not fit: {limit} is {value}, which holds {tokens:,} tokens with kv_folder",
+                f"raise {limit} or lower context_tokens",
+                param=limit,
+            )
+        window = memory - local * page_bytes * len(model.local_layers)
+        touched = page_bytes * (-(-max(config.step_tokens, 256) // size) + config.max_sequences)  # of one layer, written or read in one go
+        if window < 2 * touched:
+            raise UsageError(
+                f"kv_gib is {config.kv_gib}, which leaves {window / 2**20:.3g} MiB for what is in use of the file in kv_folder; "
+                f"steps of {config.step_tokens} tokens need {2 * touched / 2**20:.3g}",
+                "raise kv_gib or lower step_tokens",
+                param="kv_gib",
+            )
+        return Capacity(context_tokens=min(most, tokens), full_pages=full, local_pages=local, window_bytes=window)
+
 
 class Pages:
     """Keys and values of all layers, the pages of both kinds, and the tables of the sequences that hold them."""
@@ -152,12 +192,31 @@ class Pages:
         self._global_share = len(model.global_layers) / model.num_layers
         self.keeps = config.prefix_cache
 
+        shape = (model.num_kv_heads, config.page_tokens, model.head_width)
+        self.file = None  # that the pages of global layers lie in
+        if self.capacity.window_bytes:
+            assert config.kv_folder is not None
+            if device.type != "cpu":
+                raise UsageError(
+                    f"kv_folder is set and the model is on {device.type}", "only a CPU reads keys and values in a file", param="kv_folder"
+                )
+            one = Slots.of((self.full.num_pages, *shape), dtype, lambda shape, dtype: torch.empty(shape, dtype=dtype, device="meta"))
+            self.file = MappedFile(config.kv_folder, len(model.global_layers) * sum(padded(tensor.nbytes) for tensor in one.tensors))
+
         def room(layer: int) -> Slots:
-            num_pages = self.local.num_pages if model.is_local(layer) else self.full.num_pages
-            return Slots.empty((num_pages, model.num_kv_heads, config.page_tokens, model.head_width), dtype=dtype, device=device)
+            if model.is_local(layer):
+                return Slots.empty((self.local.num_pages, *shape), dtype=dtype, device=device)
+            if self.file is not None:
+                return Slots.of((self.full.num_pages, *shape), dtype, self.file.tensor)
+            return Slots.empty((self.full.num_pages, *shape), dtype=dtype, device=device)
 
         self.layers = [room(layer) for layer in range(model.num_layers)]
         self.device = device
+
+    def let_go(self) -> None:
+        """Where pages lie in a file, take them out of this process's memory: for who has read or written many."""
+        if self.file is not None:
+            self.file.let_go()
 
     def chunk_start(self, position: int) -> int:
         """Where the chunk of a position starts."""
@@ -178,8 +237,8 @@ class Pages:
         full, local = self.lacking(sequence, stop)
         if full > self.full.room or local > self.local.room:
             return False
-        sequence.full_table += self.full.take(full)
-        sequence.local_table += self.local.take(local)
+        sequence.full_table.extend(self.full.take(full))
+        sequence.local_table.extend(self.local.take(local))
         return True
 
     def reuse(self, sequence: Sequence) -> int:
@@ -212,11 +271,11 @@ class Pages:
         return saved
 
     @staticmethod
-    def _replace(pool: PagePool, table: list[int], start: int, keys: Iterable[bytes]) -> None:
+    def _replace(pool: PagePool, table: "array[int]", start: int, keys: Iterable[bytes]) -> None:
         """Give back a table from `start` on and let it go on with the pages of `keys`."""
         dropped = table[start:]
         pool.give_back(dropped)
-        table[start:] = pool.share(keys)
+        table[start:] = array("q", pool.share(keys))
 
     def computed(self, sequence: Sequence, stop: int) -> None:
         """Record that the next tokens up to `stop`, all in one chunk, are computed for good."""

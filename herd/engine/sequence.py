@@ -1,8 +1,10 @@
 """One reply in the making: its tokens, what of them is computed, its pages, and how it reads as text."""
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -38,8 +40,8 @@ class Sequence:
     num_computed: int = 0  # tokens whose keys and values are in pages
     num_reached: int = 0  # the most that ever were: making room for others can take pages away again
     num_cached: int = 0  # tokens of the prompt that were taken over from others and not computed
-    full_table: list[int] = field(default_factory=list)  # pages for global layers, from position 0
-    local_table: list[int] = field(default_factory=list)  # pages for local layers, from the start of the current chunk
+    full_table: "array[int]" = field(default_factory=partial(array, "q"))  # pages for global layers, from position 0
+    local_table: "array[int]" = field(default_factory=partial(array, "q"))  # for local layers, from the start of the current chunk
     features: Tensor | None = None  # [patches, D], those of an image made when the first of them is computed
     encoded: set[int] = field(default_factory=set)  # first positions of the images whose features are made
     finish: FinishReason | None = None

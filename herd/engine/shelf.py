@@ -29,8 +29,9 @@ class Shelf:
         assert key is not None
         if self.store.has([key]):
             return
-        table = sequence.full_table[(chunk - 1) * self.chunk_pages : chunk * self.chunk_pages]
+        table = sequence.full_table[(chunk - 1) * self.chunk_pages : chunk * self.chunk_pages].tolist()
         parts = {f"{layer}.{name}": held[table].cpu() for layer in self.layers for name, held in self._tensors(layer).items()}
+        self.pages.let_go()
         self.store.put(key, parts, parent)
 
     def restore(self, sequence: Sequence) -> None:
@@ -60,6 +61,7 @@ class Shelf:
         for page, key in zip(pages, keys, strict=True):
             self.pages.full.register(page, key)
         self.pages.full.give_back(pages)
+        self.pages.let_go()
         self.num_restored += self.chunk_pages * self.pages.page_tokens
 
     def _key(self, sequence: Sequence, chunk: int) -> bytes:

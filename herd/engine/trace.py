@@ -168,7 +168,8 @@ class Trace:
         start = self.clock_start
         marks = [round((mark - start) * 1e9) for mark in watch.marks]
         begin, end, number = marks[0], marks[-1], watch.num_steps
-        about = f'"step":{number},"sequences":{len(plan.pieces)},"prompt_tokens":{sum(piece.stop - piece.start for piece in plan.prompts)},"rows":{len(tokens)}'
+        prompt_tokens = sum(piece.stop - piece.start for piece in plan.prompts)
+        about = f'"step":{number},"sequences":{len(plan.pieces)},"prompt_tokens":{prompt_tokens},"rows":{len(tokens)}'
         self._add(self._step % (begin / 1000, (end - begin) / 1000, about, *_parts(marks)))
         drawn = iter(tokens)
         for piece in plan.pieces:

@@ -3,15 +3,16 @@
 `Llama4.forward` is the definition; this builds the table of pointers that `ops/native/step.inl` walks, and a test holds the two equal.
 """
 
+import ctypes
 from array import array
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from herd.engine.inputs import Inputs
+from herd.engine.mapped import MappedFile
 from herd.engine.pages import Pages
 from herd.model.llama4 import Block, Llama4
 from herd.model.moe import MoE
@@ -51,6 +52,7 @@ class WholeStep:
             self._layers,
             model.norm.weight.data_ptr(),
             *matrices,
+            None if pages.file is None else ctypes.pointer(_file(pages.file, pages.capacity.window_bytes)),
         )
         self._kept = (model, pages)  # the table holds only addresses
 
@@ -120,11 +122,18 @@ def _layer(block: Block, index: int, pages: Pages) -> tables.Layer:
     )
 
 
+def _file(file: MappedFile, window_bytes: int) -> tables.File:
+    return tables.File(file.address, file.num_bytes, window_bytes, 0)
+
+
 def _reach(reach: Reach | None) -> "tuple[tables.Reach, list[array[int]]]":
     """The table, and the arrays that must outlive it."""
     if reach is None:
         return tables.Reach(), []
-    kept = [numbers(chain.from_iterable(reach.tables)), numbers(map(len, reach.tables)), numbers(reach.lengths)]
+    pages = array("q")
+    for table in reach.tables:  # arrays too: copied, not counted out
+        pages.extend(table)
+    kept = [pages, numbers(map(len, reach.tables)), numbers(reach.lengths)]
     return tables.Reach(*map(address, kept), reach.page_tokens), kept
 
 

@@ -10,7 +10,7 @@ floor(p / C) * C to p. Source: Meta's `create_chunked_attention_mask`, transform
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,7 +80,7 @@ class Packed:
 class Reach:
     """What each sequence of a step sees in one kind of layer. Its new tokens are the last that it sees, and are written there."""
 
-    tables: list[list[int]]  # per sequence: the pages of all its visible keys, oldest first
+    tables: Sequence[Sequence[int]]  # per sequence: the pages of all its visible keys, oldest first
     lengths: list[int]  # per sequence: how many keys that are
     page_tokens: int
 
@@ -108,10 +108,20 @@ class Slots:
     @staticmethod
     def empty(shape: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device) -> "Slots":
         """shape: [P, G, S, K]. `empty`: the system hands out memory when a page is first written."""
-        made = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
+        return Slots.of(shape, dtype, lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
+
+    @staticmethod
+    def of(shape: tuple[int, int, int, int], dtype: torch.dtype, allot: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> "Slots":
+        """shape: [P, G, S, K].  allot: gives a tensor of a shape and a dtype."""
+        made = [allot(shape, dtype) for _ in range(2)]
         if dtype == torch.int8:
-            made += [torch.empty(shape[:-1], device=device) for _ in range(2)]
+            made += [allot(shape[:-1], torch.float32) for _ in range(2)]
         return Slots(*made)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that there are."""
+        return [tensor for tensor in (self.keys, self.values, self.key_scales, self.value_scales) if tensor is not None]
 
     @staticmethod
     def token_bytes(num_kv_heads: int, head_width: int, dtype: torch.dtype) -> int:

@@ -73,7 +73,7 @@ def test_unknown_verb_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> N
 def test_inspect(capsys: pytest.CaptureFixture[str], name: str, lines: list[str]) -> None:
     code, out, _ = run(capsys, "inspect", name)
     assert code == 0
-    for line in [*lines, "bf16", "fp8", "int4", "KV at 8K", "KV at 128K", "KV at 1M", "KV at 10M", "fits"]:
+    for line in [*lines, "bf16", "fp8", "int4", "KV at 8K", "KV at 128K", "KV at 1M", "KV at 10M", "int8"]:
         assert line in out
 
 

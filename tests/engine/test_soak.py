@@ -32,8 +32,9 @@ import herd
 from herd.chat import Image, Message, Sampling
 from herd.checkpoint.quantize import quantize_checkpoint
 from herd.engine.engine import Engine
-from herd.engine.local import Local, Model, Reply
+from herd.engine.local import Local, Model
 from herd.engine.memory import sweep
+from herd.engine.reply import Reply
 from herd.engine.resident import Stay
 from herd.engine.sequence import Sequence
 from herd.engine.stats import Stats

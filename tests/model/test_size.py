@@ -59,7 +59,7 @@ def test_weight_bytes() -> None:
 def test_kv_bytes_with_chunks_let_go(tokens: int, gib: float) -> None:
     for config in (SCOUT, MAVERICK):
         assert kv_bytes(config, tokens) == gib * 2**30
-        assert kv_bytes(config, tokens, "fp8") == gib * 2**29
+        assert kv_bytes(config, tokens, "int8") == gib * 2**30 * (128 + 4) / 256, "a byte for each, and a scale for each head's 128"
 
 
 def test_kv_bytes_within_one_chunk_and_without_chunks() -> None:

@@ -320,25 +320,22 @@ HERD_TARGET inline void attend_block(const float* q, int64_t rows, const int64_t
   product<true>(rows, scores, kKeys, SlotValues<kFloat32>{values, starts, nullptr}, kKeys, head_width, acc, head_width);
 }
 
-// Queries [heads, rows, K] of key/value heads from `head` on, row r of each at the end of visible[r] keys; keys [start, stop) of `slots`, start
-// being where a span starts. States and accs go by `stride` rows from head to head. The blocks are the same whoever asks, so a row's result
-// does not depend on the other rows. Heads within blocks: the keys of a page, of all heads, are read as they lie.
+// Queries [heads, rows, K] of key/value heads from `head` on, row r of each at the end of visible[r] keys; keys [start, stop), start being where
+// a span starts. `slots` are theirs and those of a block after them, `known` in all. The blocks are the same whoever asks, so a
+// row's result does not depend on the other rows. Heads within blocks: the keys of a page, of all heads, are read as they lie.
 HERD_TARGET inline void attend_span(const float* q, int64_t rows, const int64_t* visible, int64_t head, int64_t heads, int64_t head_width,
-                                    const HerdPages& pages, const int64_t* slots, int64_t start, int64_t stop, float* scratch,
-                                    SoftmaxRow* states, float* accs, int64_t stride) {
+                                    const HerdPages& pages, const int64_t* slots, int64_t known, int64_t start, int64_t stop, float* scratch,
+                                    SoftmaxRow* states, float* accs) {
   const auto attend = pages.kind == kFloat32 ? attend_block<kFloat32> : pages.kind == kBfloat16 ? attend_block<kBfloat16> : attend_block<kInt8>;
-  for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t r = 0; r < rows; ++r) states[h * stride + r] = SoftmaxRow{};
-    std::memset(accs + h * stride * head_width, 0, size_t(rows * head_width) * sizeof(float));
-  }
-  const int64_t total = visible[rows - 1];
+  for (int64_t r = 0; r < heads * rows; ++r) states[r] = SoftmaxRow{};
+  std::memset(accs, 0, size_t(heads * rows * head_width) * sizeof(float));
   int64_t first = 0;  // rows before it see nothing of the block: rows see ever more
   for (int64_t at = start; at < stop; at += kKeys) {
     while (first < rows && visible[first] <= at) ++first;
     for (int64_t h = 0; h < heads; ++h) {
-      const BlockOfSlots block(pages, head + h, head_width, slots + at, total - at);
-      const int64_t row = h * stride + first;
-      attend(q + (h * rows + first) * head_width, rows - first, visible + first, at, head_width, pages, block, scratch, states + row,
+      const BlockOfSlots block(pages, head + h, head_width, slots + (at - start), known - (at - start));
+      const int64_t row = h * rows + first;
+      attend(q + row * head_width, rows - first, visible + first, at, head_width, pages, block, scratch, states + row,
              accs + row * head_width);
     }
   }

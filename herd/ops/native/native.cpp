@@ -10,10 +10,15 @@
 #include <exception>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <type_traits>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "blocks.h"
 #include "pool.h"
@@ -29,6 +34,7 @@ constexpr int64_t kHeadStep = 16;           // a head is a multiple of this wide
 constexpr int64_t kFewRows = 8;             // queries that read values as they lie
 constexpr int64_t kQueries = 32;            // neighbouring tokens of a sequence that attend together
 constexpr int64_t kSpan = 256;             // keys that are summed up by themselves before spans are joined
+constexpr int64_t kSpanBytes = 32 << 20;    // of the sums of spans that wait to be joined
 constexpr int64_t kMostHeadWidth = 512;
 constexpr int64_t kMostQueriesPerKey = 64;  // query heads of one key/value head
 

@@ -26,6 +26,7 @@ bool is_sound(const HerdModel& m) {
       !fits(H, K) || H * K % kGroup || m.num_layers < 0 || !m.layers || m.activation_parts < 1 || m.activation_parts > 2 || !m.frequencies ||
       m.temperature_floor < 1)
     return false;
+  if (m.file && (!m.file->base || m.file->bytes < 1 || m.file->window < 0 || m.file->touched < 0)) return false;
   for (const HerdLayer* l = m.layers; l < m.layers + m.num_layers; ++l) {
     const int64_t F = l->gate.rows, S = l->experts_gate.rows;
     if (!l->attention_norm || !l->ffn_norm || !is_sound(l->pages, G) || !is_matrix(l->q, H * K, D) || !is_matrix(l->k, G * K, D) ||

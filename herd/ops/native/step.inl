@@ -19,6 +19,8 @@ struct HerdLayer {
   int64_t is_local;
 };
 
+struct HerdFile;
+
 struct HerdModel {
   int64_t width, heads, kv_heads, head_width, experts, experts_per_token, num_layers;
   int32_t activation_parts;    // 1: products round their activations to 8 bits, 2: to 16
@@ -30,6 +32,7 @@ struct HerdModel {
   const HerdLayer* layers;
   const float* norm;          // [D] the last norm
   HerdMatrix embed, head;     // none: `x` comes in as embeddings; hidden states are all that goes out
+  HerdFile* file;             // that the pages of global layers lie in; null: they lie in memory
 };
 
 struct HerdReach {           // of one kind of layer
@@ -50,6 +53,8 @@ struct HerdStep {
   const int64_t* rows;                // [num_rows]
   float* logits;                      // [num_rows, V]; null: none wanted
 };
+
+#include "window.inl"
 
 // The arithmetic of layer.inl on one instruction set.
 struct Floats {
@@ -83,30 +88,37 @@ Blocks blocks_of(const HerdMatrix& m) { return {m.data, m.rows, m.columns, m.gro
 // Up to kQueries neighbouring tokens of one sequence, which attend together.
 struct QueryTile {
   int64_t token, count;
-  const int64_t* slots;  // of the keys, oldest first
+  const int64_t* pages;  // of the keys, oldest first
   int64_t visible;       // keys that the first token sees; each later one sees one more
+
+  int64_t keys() const { return visible + count - 1; }  // that the last token sees
 };
 
-// One kind of layer: where the new tokens go, and how they attend.
+// One kind of layer: where the new tokens go, and how they attend. What is made for a step grows with its tokens, not with the context.
 struct Sight {
-  std::vector<int64_t> slots;  // of all sequences, end to end: in [P, G, S], the row of head 0
-  std::vector<int64_t> write;  // [T]
+  const HerdReach& reach;
+  const int64_t page_rows;     // G * S
+  std::vector<int64_t> write;  // [T] slots
   std::vector<QueryTile> tiles;
 
-  Sight(const HerdReach& reach, const HerdStep& step, int64_t kv_heads) {
-    const int64_t S = reach.page_tokens;
+  Sight(const HerdReach& reach, const HerdStep& step, int64_t kv_heads) : reach(reach), page_rows(kv_heads * reach.page_tokens) {
     if (!reach.pages) return;
-    int64_t total = 0;
-    for (int64_t b = 0; b < step.sequences; ++b) total += reach.lengths[b];
-    slots.reserve(size_t(total));
     const int64_t* pages = reach.pages;
     for (int64_t b = 0, t = 0; b < step.sequences; pages += reach.num_pages[b], t += step.counts[b], ++b) {
-      const int64_t length = reach.lengths[b], old = length - step.counts[b];
-      const int64_t* own = slots.data() + slots.size();  // it was reserved, so it stays
-      for (int64_t j = 0; j < length; ++j) slots.push_back(pages[j / S] * kv_heads * S + j % S);
-      write.insert(write.end(), own + old, own + length);
-      for (int64_t j = 0; j < step.counts[b]; j += kQueries)
-        tiles.push_back({t + j, std::min(kQueries, step.counts[b] - j), own, old + j + 1});
+      const int64_t count = step.counts[b], old = reach.lengths[b] - count;
+      write.resize(size_t(t + count));
+      slots(pages, old, old + count, write.data() + t);
+      for (int64_t j = 0; j < count; j += kQueries) tiles.push_back({t + j, std::min(kQueries, count - j), pages, old + j + 1});
+    }
+  }
+
+  // Of keys [start, stop) of a table: in [P, G, S], the row of head 0.
+  void slots(const int64_t* pages, int64_t start, int64_t stop, int64_t* out) const {
+    const int64_t S = reach.page_tokens;
+    for (int64_t page = start / S, place = start % S; start < stop; ++page, place = 0) {
+      const int64_t count = std::min(S - place, stop - start), first = pages[page] * page_rows + place;
+      for (int64_t i = 0; i < count; ++i) out[i] = first + i;
+      out += count, start += count;
     }
   }
 };
@@ -134,7 +146,8 @@ class Step {
     m.inputs.hold(T, std::max(D, H * K), parts);
     m.hidden.hold(T, F, parts);
     const int64_t rows = kQueries * (H / G);
-    m.hold_scratch(rows * (3 * K + kKeys) + 2 * kKeys * K + 2 * rows * int64_t(sizeof(SoftmaxRow) / sizeof(float)));
+    m.hold_scratch(rows * (2 * K + kKeys) + 2 * kKeys * K + rows * int64_t(sizeof(SoftmaxRow) / sizeof(float)));
+    joined.resize(size_t(T * H));
   }
 
   void run() {
@@ -178,6 +191,7 @@ class Step {
     add_one(job, layer.k, m.inputs, qkv + H * K, W);
     add_one(job, layer.v, m.inputs, qkv + (H + G) * K, W);
     compute(job, m.pool);
+    if (model.file && !layer.is_local) Window(*model.file, layer.pages, K, full.reach, step.sequences).open_new(step);
     each_token([&](int64_t t) { place_heads(layer, t); });
     attend(layer);
     each_token([&](int64_t t) { round(attended + t * H * K, H * K, m.inputs, t); });
@@ -222,90 +236,109 @@ class Step {
   }
 
   // Tiles of queries by key/value heads; where these are too few to share out, as in the decoding of long contexts, also by spans of keys.
-  // Where tiles are small, several heads at once: memory is then read in order.
+  // Where tiles are small, several heads at once: memory is then read in order. Spans are joined in order, whoever summed them up and however
+  // many at a time.
   void attend(const HerdLayer& layer) {
-    const std::vector<QueryTile>& tiles = (layer.is_local ? local : full).tiles;
-    int64_t longest = 0, most = 0;
+    const Sight& sight = layer.is_local ? local : full;
+    const std::vector<QueryTile>& tiles = sight.tiles;
+    int64_t longest = 0, count = 0;
     for (const QueryTile& tile : tiles) {
-      longest = std::max(longest, tile.visible + tile.count - 1);
-      most = std::max(most, tile.count);
+      longest = std::max(longest, tile.keys());
+      count = std::max(count, tile.count);
     }
-    const int64_t num_tiles = int64_t(tiles.size()), threads = m.pool.size(), rows = most * (H / G);
-    const bool by_spans = longest > kSpan && num_tiles * G < 8 * threads;
-    const int64_t num_spans = by_spans ? (longest + kSpan - 1) / kSpan : 1;
-    const int64_t heads = std::max<int64_t>(1, std::min({G, kQueries / most, num_tiles * num_spans * G / threads}));
-    const int64_t groups = (G + heads - 1) / heads;
-    const auto rows_of = [&](int64_t tile, int64_t group, int worker) {
-      return Rows(*this, tiles[size_t(tile)], group * heads, std::min(heads, G - group * heads), worker);
+    const int64_t num_spans = (longest + kSpan - 1) / kSpan, num_tiles = int64_t(tiles.size()), threads = m.pool.size(), rows = count * (H / G);
+    const bool by_spans = num_spans > 1 && num_tiles * G < 8 * threads;
+    const int64_t heads = std::max<int64_t>(1, std::min({G, kQueries / count, num_tiles * (by_spans ? num_spans : 1) * G / threads}));
+    const int64_t groups = (G + heads - 1) / heads, num_tasks = num_tiles * groups;
+    const int64_t most = by_spans ? std::max<int64_t>(16, kSpanBytes / (num_tiles * G * rows * (K + 9) * int64_t(sizeof(float)))) : num_spans;
+    const auto rows_of = [&](int64_t task, int worker) {
+      const int64_t head = task % groups * heads;
+      return Rows(*this, sight, tiles[size_t(task / groups)], head, std::min(heads, G - head), worker);
     };
-    if (!by_spans) {
-      parallel(m.pool, num_tiles * groups, [&](int64_t task, int worker) {
-        Rows r = rows_of(task / groups, task % groups, worker);
-        const int64_t keys = r.tile.visible + r.tile.count - 1;
-        r.span(layer.pages, 0, std::min(keys, kSpan), r.states, r.accs, r.count);
-        for (int64_t start = kSpan; start < keys; start += kSpan) {
-          r.span(layer.pages, start, std::min(keys, start + kSpan), r.later, r.later_accs, r.count);
-          for (int64_t i = 0; i < r.count * r.heads; ++i) f.join_spans(r.states[i], r.accs + i * K, r.later[i], r.later_accs + i * K, K);
-        }
-        r.finish(r.states, r.accs, r.count);
-      });
-      return;
+    std::unique_ptr<Window> window;
+    if (model.file && !layer.is_local) window.reset(new Window(*model.file, layer.pages, K, sight.reach, step.sequences));
+    for (int64_t first = 0, last; first < num_spans; first = last) {
+      last = std::min(num_spans, first + most);
+      if (window) last = window->open(first, last);
+      if (by_spans) {
+        states.resize(size_t(num_tasks * (last - first) * heads * rows));
+        accs.resize(states.size() * size_t(K));
+        const auto place = [&](int64_t task, int64_t span) { return size_t((task * (last - first) + span - first) * heads * rows); };
+        parallel(m.pool, num_tasks * (last - first), [&](int64_t i, int worker) {
+          const int64_t task = i / (last - first), span = first + i % (last - first);
+          if (span * kSpan < tiles[size_t(task / groups)].keys())
+            rows_of(task, worker).span(layer.pages, span, &states[place(task, span)], &accs[place(task, span) * size_t(K)]);
+        });
+        parallel(m.pool, num_tasks, [&](int64_t task, int worker) {
+          Rows r = rows_of(task, worker);
+          for (int64_t span = first; span < last && span * kSpan < r.tile.keys(); ++span)
+            r.join(span, &states[place(task, span)], &accs[place(task, span) * size_t(K)]);
+          if (last == num_spans) r.finish();
+        });
+      } else {
+        parallel(m.pool, num_tasks, [&](int64_t task, int worker) {
+          Rows r = rows_of(task, worker);
+          for (int64_t span = first; span < last && span * kSpan < r.tile.keys(); ++span) {
+            r.span(layer.pages, span, r.states, r.accs);
+            r.join(span, r.states, r.accs);
+          }
+          if (last == num_spans) r.finish();
+        });
+      }
     }
-    states.resize(size_t(num_tiles * num_spans * G * rows));
-    accs.resize(states.size() * size_t(K));
-    const auto place = [&](int64_t tile, int64_t span, int64_t group) { return size_t(((tile * num_spans + span) * G + group * heads) * rows); };
-    parallel(m.pool, num_tiles * num_spans * groups, [&](int64_t task, int worker) {
-      const int64_t i = task / groups / num_spans, span = task / groups % num_spans, group = task % groups, at = int64_t(place(i, span, group));
-      Rows r = rows_of(i, group, worker);
-      const int64_t start = span * kSpan, keys = r.tile.visible + r.tile.count - 1;
-      if (start >= keys) return void(std::fill_n(&states[size_t(at)], r.heads * rows, SoftmaxRow{}));
-      r.span(layer.pages, start, std::min(keys, start + kSpan), &states[size_t(at)], &accs[size_t(at * K)], rows);
-    });
-    parallel(m.pool, num_tiles * groups, [&](int64_t task, int worker) {
-      const int64_t i = task / groups, group = task % groups;
-      Rows r = rows_of(i, group, worker);
-      SoftmaxRow* first = &states[place(i, 0, group)];
-      float* acc = &accs[place(i, 0, group) * size_t(K)];
-      for (int64_t span = 1; span < num_spans; ++span)
-        for (int64_t row = 0; row < r.heads * rows; ++row) {
-          const size_t later = place(i, span, group) + size_t(row);
-          if (row % rows < r.count) f.join_spans(first[row], acc + row * K, states[later], &accs[later * size_t(K)], K);
-        }
-      r.finish(first, acc, rows);
-    });
   }
 
-  // The queries of a tile for some key/value heads, and a worker's room for their work.
+  // The queries of a tile for some key/value heads, and a worker's room for their work. What spans are joined to lies in `attended`.
   struct Rows {
-    Rows(Step& s, const QueryTile& tile, int64_t head, int64_t heads, int worker)
-        : s(s), tile(tile), head(head), heads(heads), each(s.H / s.G), count(tile.count * each) {
+    Rows(Step& s, const Sight& sight, const QueryTile& tile, int64_t head, int64_t heads, int worker)
+        : s(s), sight(sight), tile(tile), head(head), heads(heads), each(s.H / s.G), count(tile.count * each) {
       const int64_t rows = kQueries * each;
       q = s.m.scratch[size_t(worker)].data();
-      accs = q + rows * s.K, later_accs = accs + rows * s.K;
-      states = reinterpret_cast<SoftmaxRow*>(later_accs + rows * s.K), later = states + rows;
-      rest = reinterpret_cast<float*>(later + rows);
-      for (int64_t h = 0; h < heads; ++h)
-        for (int64_t r = 0; r < count; ++r) std::memcpy(q + (h * count + r) * s.K, s.qkv + place(h, r, s.W), size_t(s.K) * sizeof(float));
+      accs = q + rows * s.K;
+      states = reinterpret_cast<SoftmaxRow*>(accs + rows * s.K);
+      rest = reinterpret_cast<float*>(states + rows);
+      for (int64_t r = 0; r < count * heads; ++r)
+        std::memcpy(q + r * s.K, s.qkv + token(r) * s.W + query_head(r) * s.K, size_t(s.K) * sizeof(float));
       for (int64_t r = 0; r < count; ++r) visible[r] = tile.visible + r / each;
     }
 
-    int64_t place(int64_t h, int64_t r, int64_t width) const { return (tile.token + r / each) * width + ((head + h) * each + r % each) * s.K; }
+    // Row r, of all heads one after the other: whose it is.
+    int64_t token(int64_t r) const { return tile.token + r % count / each; }
+    int64_t query_head(int64_t r) const { return (head + r / count) * each + r % each; }
 
-    void span(const HerdPages& pages, int64_t start, int64_t stop, SoftmaxRow* out, float* out_accs, int64_t stride) {
-      s.f.attend_span(q, count, visible, head, heads, s.K, pages, tile.slots, start, stop, rest, out, out_accs, stride);
+    void span(const HerdPages& pages, int64_t span, SoftmaxRow* out, float* out_accs) {
+      const int64_t start = span * kSpan, stop = std::min(tile.keys(), start + kSpan), known = std::min(tile.keys(), stop + kKeys) - start;
+      int64_t slots[kSpan + kKeys];
+      sight.slots(tile.pages, start, start + known, slots);
+      s.f.attend_span(q, count, visible, head, heads, s.K, pages, slots, known, start, stop, rest, out, out_accs);
     }
 
-    void finish(const SoftmaxRow* done, const float* done_accs, int64_t stride) {
-      for (int64_t h = 0; h < heads; ++h)
-        for (int64_t r = 0; r < count; ++r)
-          s.f.finish_row(done[h * stride + r], done_accs + (h * stride + r) * s.K, s.K, s.attended + place(h, r, s.H * s.K));
+    void join(int64_t span, const SoftmaxRow* done, const float* done_accs) {
+      for (int64_t r = 0; r < count * heads; ++r) {
+        const int64_t to = token(r) * s.H + query_head(r);
+        float* out = s.attended + to * s.K;
+        if (span > 0) {
+          s.f.join_spans(s.joined[size_t(to)], out, done[r], done_accs + r * s.K, s.K);
+        } else {
+          s.joined[size_t(to)] = done[r];
+          std::memcpy(out, done_accs + r * s.K, size_t(s.K) * sizeof(float));
+        }
+      }
+    }
+
+    void finish() {
+      for (int64_t r = 0; r < count * heads; ++r) {
+        const int64_t to = token(r) * s.H + query_head(r);
+        s.f.finish_row(s.joined[size_t(to)], s.attended + to * s.K, s.K, s.attended + to * s.K);
+      }
     }
 
     Step& s;
+    const Sight& sight;
     const QueryTile& tile;
     const int64_t head, heads, each, count;
-    float *q, *accs, *later_accs, *rest;
-    SoftmaxRow *states, *later;
+    float *q, *accs, *rest;
+    SoftmaxRow* states;
     int64_t visible[kQueries * kMostQueriesPerKey];
   };
 
@@ -421,6 +454,7 @@ class Step {
   const int64_t T, D, H, G, K, W, R;
   const int parts;
   const Sight local, full;
+  std::vector<SoftmaxRow> joined;  // [T, H] of the spans so far
   std::vector<SoftmaxRow> states;  // of spans
   std::vector<float> accs;
   float *normed, *qkv, *attended, *added, *hidden, *routed_out, *cos, *sin, *temperature;

@@ -67,6 +67,17 @@ class Layer(ctypes.Structure):
     )
 
 
+class File(ctypes.Structure):
+    """A mapped file that the pages of global layers lie in."""
+
+    _fields_ = (
+        ("base", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("touched", ctypes.c_int64),
+    )
+
+
 class Model(ctypes.Structure):
     """A model and its layers."""
 
@@ -83,6 +94,7 @@ class Model(ctypes.Structure):
         ("norm", _float_p),
         ("embed", Matrix),
         ("head", Matrix),
+        ("file", ctypes.POINTER(File)),
     )
 
 
