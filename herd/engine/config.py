@@ -23,7 +23,7 @@ class EngineConfig:
     prefix_folder: Path | None = None  # where finished chunks of prompts are kept over restarts; None: nowhere
     prefix_gib: float = 20.0  # GiB that files in that folder may take, the least recently used give way
     draft_tokens: int = 8  # guesses at a reply's next tokens that one step may test; 0: none
-    kv: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # numbers that keys and values are kept in; auto: those of the computation
+    kv: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # of keys and values; auto: bf16 beside quantized weights, else as computed
     activation_bits: Literal[0, 8, 16] = 0  # that 4-bit and 8-bit weights meet on a CPU; 0: 8 in wide models, 16 in narrow ones
     tool_format: Literal["auto", "pythonic", "json", "tags"] = "auto"  # how tools and calls are written in prompts; auto: as is usual
     threads: int = 0  # CPU threads of the native kernels, which all engines of a process share; 0: as many as it may use

@@ -14,7 +14,7 @@ from herd.engine.disk import DiskStore
 from herd.engine.grammar import Grammars, Masks
 from herd.engine.inputs import build_inputs
 from herd.engine.lookup import Lookup
-from herd.engine.pages import Pages
+from herd.engine.pages import Pages, kept_dtype
 from herd.engine.prefix import Chain, Placed
 from herd.engine.runner import Runner
 from herd.engine.sampler import Sampler
@@ -48,7 +48,7 @@ class Engine:
         """store: where finished chunks go and come from.  clock: seconds, from anywhere."""
         weight = model.norm.weight
         self.model, self.tokenizer, self.config = model.config, tokenizer, config
-        self.pages = Pages(self.model, config, dtype=weight.dtype, device=weight.device)
+        self.pages = Pages(self.model, config, dtype=kept_dtype(config, model), device=weight.device)
         self.shelf = Shelf(self.pages, store, self.model.global_layers) if store is not None else None
         self.scheduler = Scheduler(config, self.pages, self.shelf)
         self.runner = Runner(model, self.pages)

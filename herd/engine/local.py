@@ -31,6 +31,7 @@ from herd.engine.config import EngineConfig
 from herd.engine.disk import DiskStore, fingerprint
 from herd.engine.engine import Engine
 from herd.engine.memory import hand_back
+from herd.engine.pages import kept_dtype
 from herd.engine.reply import Reply
 from herd.engine.resident import Resident, State, Stay
 from herd.engine.sequence import Sequence
@@ -370,6 +371,6 @@ def _store(name: str | Path, model: Llama4, source: Source, config: EngineConfig
     dtype = model.norm.weight.dtype
     road = "native" if kernels() is not None and dtype == torch.float32 else "plain"
     computation = f"{dtype}, activations of {activation_bits(model)} bits, {road}"
-    kv = config.kv if config.kv != "auto" else str(dtype)
-    mark = fingerprint(model.config, weights_identity(name, source), kv, config.page_tokens, computation)
+    kept = str(kept_dtype(config, model))
+    mark = fingerprint(model.config, weights_identity(name, source), kept, config.page_tokens, computation)
     return DiskStore(config.prefix_folder, mark, int(config.prefix_gib * 2**30))

@@ -21,9 +21,16 @@ from herd.engine.prefix import resume
 from herd.engine.sequence import Sequence
 from herd.errors import UsageError
 from herd.model.config import ModelConfig
+from herd.model.llama4 import Llama4
+from herd.model.swap import activation_bits
 from herd.ops.attend import Slots
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+def kept_dtype(config: EngineConfig, model: Llama4) -> torch.dtype:
+    """What keys and values are kept in. Where nobody says: bf16 beside 4-bit and 8-bit weights, which are far coarser, else as computed."""
+    return KV_DTYPES.get(config.kv, torch.bfloat16 if activation_bits(model) else model.norm.weight.dtype)
 
 
 class PagePool:
@@ -183,7 +190,6 @@ class Pages:
     """Keys and values of all layers, the pages of both kinds, and the tables of the sequences that hold them."""
 
     def __init__(self, model: ModelConfig, config: EngineConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        dtype = _DTYPES.get(config.kv, dtype)
         self.capacity = Capacity.of(model, config, dtype)
         self.page_tokens, self.chunk_tokens = config.page_tokens, model.chunk_tokens
         self.full = PagePool(self.capacity.full_pages)

@@ -11,7 +11,7 @@ from herd.chat import Sampling
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
 from herd.engine.lookup import Lookup
-from herd.engine.pages import Pages
+from herd.engine.pages import KV_DTYPES, Pages
 from herd.engine.prefix import Chain
 from herd.engine.sampler import Sampler
 from herd.engine.sequence import Sequence
@@ -50,7 +50,7 @@ def filled(model: ModelConfig, config: EngineConfig, num_tokens: int) -> tuple[P
         emit=lambda event: None,
     )
     tracemalloc.start()
-    pages = Pages(model, config, dtype=torch.float32, device=torch.device("meta"))
+    pages = Pages(model, config, dtype=KV_DTYPES[config.kv], device=torch.device("meta"))
     while sequence.num_computed < num_tokens:
         stop = min(num_tokens, pages.chunk_start(sequence.num_computed) + (model.chunk_tokens or num_tokens), sequence.num_computed + 512)
         assert pages.grow(sequence, stop)

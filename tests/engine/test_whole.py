@@ -92,7 +92,7 @@ def test_one_call_equals_the_forward(name: str) -> None:
     prompts = [[rng.randrange(256) for _ in range(n)] for n in (1, 2, 5, 15, 16, 17, 20, 25, 33, 40, 55, 70)]
     errors = []
     for is_whole in (True, False):
-        engine, sequences = start(model, prompts, max_tokens=1)
+        engine, sequences = start(model, prompts, max_tokens=1, kv="fp32")
         assert engine.runner.whole is not None
         if not is_whole:
             engine.runner.whole = None
