@@ -126,27 +126,23 @@ def forget_peak() -> None:
 
 
 class Looking(threading.Thread):
-    """Reads again and again, while others compute, how much of an engine's file is in memory."""
+    """Reads again and again, while others compute, how many more bytes of files are in this process's memory than at first."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_of_map = f"{engine.pages.file.address:x}-" if engine.pages.file else ""
-        self.most, self.times = 0, 0
+        self.first = self.most = memory()["files"]
+        self.times = 0
         self._ends = threading.Event()
 
     def run(self) -> None:
-        while self.start_of_map and not self._ends.wait(0.05):
-            lines = iter(Path("/proc/self/smaps").read_text().splitlines())
-            for line in lines:
-                if line.startswith(self.start_of_map):
-                    self.most = max(self.most, next(int(rest.split()[1]) * 1024 for rest in lines if rest.startswith("Rss:")))
-                    self.times += 1
-                    break
+        while not self._ends.wait(0.05):
+            self.most = max(self.most, memory()["files"])
+            self.times += 1
 
     def end(self) -> dict[str, int]:
         self._ends.set()
         self.join()
-        return {"mapped": self.most, "looks": self.times}
+        return {"mapped": self.most - self.first, "looks": self.times}
 
 
 def compute(folder: Path, part: str, tokens: list[int], model: ModelConfig, config: EngineConfig, *, thin: bool = False) -> dict[str, Any]:
@@ -158,7 +154,8 @@ def compute(folder: Path, part: str, tokens: list[int], model: ModelConfig, conf
     engine = open_engine(make_model(folder / f"model-{'local' if part == 'local' else 'whole'}", model), config=config, device="cpu")
     run(engine, [1] * (chunk + 1), 1, [], None)  # what the kernels work in is there from now on
     facts = {"threads": engine.threads, "peak_flops": peak_flops(), "window_bytes": engine.pages.capacity.window_bytes}
-    looking = Looking(engine)
+    engine.pages.let_go()
+    looking = Looking()
     looking.start()
     forget_peak()
     with path.open("a") as lines:
@@ -273,7 +270,7 @@ def report(folder: Path, tokens: int, model: ModelConfig, window_mib: float) -> 
         most, looks = parts["file"]["mapped"] / 2**20, parts["file"]["looks"]
         lines += [
             "",
-            f"Of the file at most {most:.1f} MiB were in memory (by {looks:,} looks at smaps while the last process computed); the rest",
+            f"Of the file at most {most:.1f} MiB were in memory (by {looks:,} looks while the last process computed); the rest",
         ]
         lines += ["of what memory grew by are chunks on their way to the disk tier or back, 1 MiB each."]
     lines += ["", *by_position(parts, tokens, chunk), ""]
