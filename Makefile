@@ -33,7 +33,7 @@ sanitize: $(SANITIZED) $(VENV)/test.stamp
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	HERD_NATIVE_LIBRARY=$(abspath $<) $(BIN)/python -m pytest -p no:cacheprovider \
-	tests/ops/test_interface.py tests/ops/test_native.py tests/ops/test_sample.py tests/engine/test_whole.py -k "not cheap" $(ARGS)
+	tests/ops/test_interface.py tests/ops/test_native.py tests/ops/test_sample.py tests/engine/test_whole.py tests/engine/test_mapped.py -k "not cheap" $(ARGS)
 
 $(SANITIZED): $(NATIVE)
 	@mkdir -p $(@D)

@@ -24,6 +24,7 @@ import os
 import random
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,26 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+class Looking(threading.Thread):
+    """Reads again and again, while others compute, how many more bytes of files are in this process's memory than at first."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.first = self.most = memory()["files"]
+        self.times = 0
+        self._ends = threading.Event()
+
+    def run(self) -> None:
+        while not self._ends.wait(0.05):
+            self.most = max(self.most, memory()["files"])
+            self.times += 1
+
+    def end(self) -> dict[str, int]:
+        self._ends.set()
+        self.join()
+        return {"mapped": self.most - self.first, "looks": self.times}
+
+
 def compute(folder: Path, part: str, tokens: list[int], model: ModelConfig, config: EngineConfig, *, thin: bool = False) -> dict[str, Any]:
     """Run the prompt and a reply through the engine; what was seen is added to a file, a line for each step, and is given back."""
     path = folder / f"{part}.jsonl"
@@ -133,11 +154,14 @@ def compute(folder: Path, part: str, tokens: list[int], model: ModelConfig, conf
     engine = open_engine(make_model(folder / f"model-{'local' if part == 'local' else 'whole'}", model), config=config, device="cpu")
     run(engine, [1] * (chunk + 1), 1, [], None)  # what the kernels work in is there from now on
     facts = {"threads": engine.threads, "peak_flops": peak_flops(), "window_bytes": engine.pages.capacity.window_bytes}
-    base = memory()
+    engine.pages.let_go()
+    looking = Looking()
+    looking.start()
     forget_peak()
     with path.open("a") as lines:
-        lines.write(json.dumps({"base": base, **facts}) + "\n")
+        lines.write(json.dumps({"base": None, **facts}) + "\n")
         run(engine, tokens, REPLY, sampled(len(tokens), chunk), lines, thin=thin and part != "local")
+        lines.write(json.dumps(looking.end()) + "\n")
     return progress(path)
 
 
@@ -172,11 +196,18 @@ def _unheard(event: object) -> None:
 
 
 def progress(path: Path) -> dict[str, Any]:
-    """What a part has written so far: its steps by their ends, its logits by position, the memory before and its reply."""
+    """What a part has written so far: its steps by their ends, its logits by position, and its reply.
+
+    base, peak: bytes resident after the first step of the last process, and the most then and later.
+    """
     found: dict[str, Any] = {"steps": {}, "logits": {}, "base": None, "reply": None}
     for text in path.read_text().splitlines() if path.exists() else ():
         line = json.loads(text)
-        if "stop" in line:
+        if "base" in line:  # a process has begun
+            found |= line | {"base": None, "peak": 0}
+        elif "stop" in line:
+            found["base"] = found["base"] or line["memory"]["now"]
+            found["peak"] = max(found["peak"], line["memory"]["peak"])
             found["steps"][line["stop"]] = line
             found["logits"] |= {int(position): torch.tensor(logits) for position, logits in line["logits"].items()}
         else:
@@ -235,6 +266,13 @@ def report(folder: Path, tokens: int, model: ModelConfig, window_mib: float) -> 
         if parts[name]["steps"]:
             cells = row(parts[name], tokens, model, is_local=name == "local")
             lines.append(f"| {label} | {cells} | {formula:.1f} | {decoding(parts[name], tokens)} |")
+    if parts["file"].get("looks"):
+        most, looks = parts["file"]["mapped"] / 2**20, parts["file"]["looks"]
+        lines += [
+            "",
+            f"Of the file at most {most:.1f} MiB were in memory (by {looks:,} looks while the last process computed); the rest",
+        ]
+        lines += ["of what memory grew by are chunks on their way to the disk tier or back, 1 MiB each."]
     lines += ["", *by_position(parts, tokens, chunk), ""]
     if (folder / "reference.pt").exists():
         lines += answers(parts, torch.load(folder / "reference.pt"), tokens)
@@ -246,7 +284,7 @@ def row(part: dict[str, Any], tokens: int, model: ModelConfig, *, is_local: bool
     steps = [step for stop, step in part["steps"].items() if stop <= tokens and step.get("whole", True)]
     computed = len(steps) * (model.chunk_tokens or 0)
     seconds, used = sum(step["seconds"] for step in steps), sum(step["cpu"] for step in steps)
-    grown = (max(step["memory"]["peak"] for step in part["steps"].values()) - part["base"]["now"]) / 2**20
+    grown = (part["peak"] - part["base"]) / 2**20
     load = statistics.mean(step["load"] for step in steps)
     chunk = model.chunk_tokens or 0
     pairs = sum(chunk * (step["stop"] - chunk / 2) for step in steps)  # that the global layer weighs

@@ -60,7 +60,7 @@ def report(name: str, config: ModelConfig, available: int, where: str) -> list[s
         lines.append(f"KV at {label:<5}     {tokens:>10,}" + "".join(cells) + past)
     lines += ["", f"Behind KV: the widest weights that it fits beside, within {available / gib:.1f} GiB of {where}."]
     lines += ["int4 weights stay int4. On a CPU fp8 ones become int8 (8.5 bits), others are fp32; on a GPU they are bf16."]
-    lines += ["--kv says what KV is; without it bf16, or fp32 where weights are. --kv-folder keeps that of global layers in a file."]
+    lines += ["--kv says what KV is; without it 16 bits, or fp32 where weights are. --kv-folder keeps that of global layers in a file."]
     return lines
 
 

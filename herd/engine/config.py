@@ -23,7 +23,7 @@ class EngineConfig:
     prefix_folder: Path | None = None  # where finished chunks of prompts are kept over restarts; None: nowhere
     prefix_gib: float = 20.0  # GiB that files in that folder may take, the least recently used give way
     draft_tokens: int = 8  # guesses at a reply's next tokens that one step may test; 0: none
-    kv: Literal["auto", "fp32", "bf16", "int8"] = "auto"  # of keys and values; auto: bf16 beside quantized weights, else as computed
+    kv: Literal["auto", "fp32", "fp16", "bf16", "int8"] = "auto"  # of keys and values; auto: as computed, fp16 beside int4 weights
     activation_bits: Literal[0, 8, 16] = 0  # that 4-bit and 8-bit weights meet on a CPU; 0: 8 in wide models, 16 in narrow ones
     tool_format: Literal["auto", "pythonic", "json", "tags"] = "auto"  # how tools and calls are written in prompts; auto: as is usual
     threads: int = 0  # CPU threads of the native kernels, which all engines of a process share; 0: as many as it may use
@@ -32,8 +32,8 @@ class EngineConfig:
         for name in ("max_sequences", "step_tokens", "page_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1", param=name)
-        if self.kv not in ("auto", "fp32", "bf16", "int8"):
-            raise UsageError(f"kv is {self.kv!r}; it must be auto, fp32, bf16 or int8", param="kv")
+        if self.kv not in ("auto", "fp32", "fp16", "bf16", "int8"):
+            raise UsageError(f"kv is {self.kv!r}; it must be auto, fp32, fp16, bf16 or int8", param="kv")
         if self.activation_bits not in (0, 8, 16):
             raise UsageError(
                 f"activation_bits is {self.activation_bits}; it must be 8, 16, or 0 for what suits the model", param="activation_bits"

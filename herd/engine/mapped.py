@@ -39,6 +39,7 @@ class MappedFile:
                     param="kv_disk_gib",
                 ) from error
             raise ResourceError(f"kv_folder {folder} cannot hold a file of {wanted}: {error.strerror}", param="kv_folder") from error
+        self._map.madvise(mmap.MADV_RANDOM)  # no reading ahead in large pieces, which are mapped as a whole: see window.inl
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = whole.data_ptr()
 

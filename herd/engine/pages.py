@@ -25,12 +25,13 @@ from herd.model.llama4 import Llama4
 from herd.model.swap import activation_bits
 from herd.ops.attend import Slots
 
-KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+KV_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 def kept_dtype(config: EngineConfig, model: Llama4) -> torch.dtype:
-    """What keys and values are kept in. Where nobody says: bf16 beside 4-bit and 8-bit weights, which are far coarser, else as computed."""
-    return KV_DTYPES.get(config.kv, torch.bfloat16 if activation_bits(model) else model.norm.weight.dtype)
+    """What keys and values are kept in. Where nobody says: as computed, but not finer than fp16 beside 4-bit and 8-bit weights."""
+    computed = model.norm.weight.dtype
+    return KV_DTYPES.get(config.kv, torch.float16 if activation_bits(model) and computed == torch.float32 else computed)
 
 
 class PagePool:

@@ -84,7 +84,7 @@ def numbers_of(engine: Engine) -> list[torch.Tensor]:
 
 @native
 @linux
-@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["fp32", "fp16", "bf16", "int8"])
 def test_a_file_holds_the_same_bits_as_memory(model: Llama4, tmp_path: Path, kv: str) -> None:
     """Prompts over many windows, together and one by one, decoded far apart, with pages that were used before."""
     seen, said = [], []
@@ -107,18 +107,16 @@ def shrink(engine: Engine, window_bytes: int) -> None:
 
 @contextmanager
 def watched(engine: Engine) -> Iterator[list[int]]:
-    """Bytes of the engine's file that are in memory, read again and again while the body runs."""
-    assert engine.pages.file is not None
-    start = f"{engine.pages.file.address:x}-"
-    found: list[int] = []
-    stop = threading.Event()
+    """Bytes of the engine's file that are in memory, read again and again while the body runs.
+
+    From the system's counter of files' bytes in this process: smaps is added up while pages come and go, and can show more than ever was.
+    """
+    engine.pages.let_go()
+    before, found, stop = resident_of_files(), [0], threading.Event()
 
     def look() -> None:
         while not stop.is_set():
-            lines = iter(Path("/proc/self/smaps").read_text().splitlines())
-            for line in lines:
-                if line.startswith(start):
-                    found.append(next(int(rest.split()[1]) * 1024 for rest in lines if rest.startswith("Rss:")))
+            found.append(resident_of_files() - before)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -127,6 +125,11 @@ def watched(engine: Engine) -> Iterator[list[int]]:
     finally:
         stop.set()
         thread.join()
+
+
+def resident_of_files() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
 
 
 @native
@@ -139,11 +142,12 @@ def test_memory_stays_within_the_window(model: Llama4, tmp_path: Path, kv: str) 
     window = engine.pages.capacity.window_bytes
     assert window < 2 * MIB
     shrink(engine, 768 << 10)
+    replies(engine, [300])  # what of libraries comes in at first use is there
     with watched(engine) as resident:
         replies(engine, [7000], max_tokens=3)
         replies(engine, [5000], max_tokens=3)
     assert max(resident) <= 768 << 10
-    assert max(resident) > 100 << 10, "it is this file that was looked at"
+    assert max(resident) > 100 << 10, "there was something to see"
 
 
 @native
@@ -156,12 +160,12 @@ def test_prefixes_go_to_the_disk_and_come_back_through_a_file(tmp_path: Path) ->
     for folder in (tmp_path / "file", tmp_path / "file", None):
         config = EngineConfig(kv_folder=folder, prefix_folder=tmp_path / "prefixes", page_tokens=4, kv_gib=0.03, draft_tokens=0)
         engine = open_engine(tmp_path / "model", config=config, device="cpu")
-        with watched(engine) if folder else contextmanager(lambda: iter([[]]))() as resident:
+        with watched(engine) as resident:
             said.append(replies(engine, [1000]))
         assert engine.shelf is not None
         engine.shelf.store.flush()
         assert engine.stats().restored_tokens == (992 if len(said) > 1 else 0)
-        assert not resident or max(resident) < engine.pages.capacity.window_bytes
+        assert not folder or max(resident) < engine.pages.capacity.window_bytes
     assert said[0] == said[1] == said[2]
 
 

@@ -32,7 +32,7 @@ def ask(engine: Any, tokens: list[int], max_tokens: int = 12, salt: bytes = b"")
     return sequence.tokens[len(tokens) :], sequence.num_cached
 
 
-@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["fp32", "fp16", "bf16", "int8"])
 def test_a_prefix_comes_back_after_a_restart(tmp_path: Path, kv: str) -> None:
     want, cached = ask(start(tmp_path, kv=kv), PROMPT)
     assert cached == 0

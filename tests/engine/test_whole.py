@@ -102,7 +102,9 @@ def test_one_call_equals_the_forward(name: str) -> None:
     assert difference.max() < 1e-2 * errors[1].std()
 
 
-@pytest.mark.parametrize(("kv", "bits", "bound"), [("bf16", 16, 0.05), ("int8", 16, 0.05), ("fp32", 8, 0.1), ("int8", 8, 0.1)])
+@pytest.mark.parametrize(
+    ("kv", "bits", "bound"), [("fp16", 16, 0.05), ("bf16", 16, 0.05), ("int8", 16, 0.05), ("fp32", 8, 0.1), ("int8", 8, 0.1)]
+)
 def test_one_call_equals_the_forward_in_fewer_bits(kv: str, bits: int, bound: float) -> None:
     """Both round alike; where float32's own rounding tips a number to the next code, the two part by that code."""
     model = blocks_model(FAMILY["scout"], activation_bits=bits)
@@ -117,7 +119,7 @@ def test_one_call_equals_the_forward_in_fewer_bits(kv: str, bits: int, bound: fl
     assert (found[0] - found[1]).abs().max() < bound * found[1].std()
 
 
-@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["fp32", "fp16", "bf16", "int8"])
 def test_long_contexts_are_summed_up_span_by_span(kv: str) -> None:
     """Over several spans of keys: equal to the forward, and the same bits however the work was shared out."""
     native = kernels()
@@ -156,7 +158,7 @@ def test_a_tokens_logits_do_not_depend_on_its_batch(name: str) -> None:
         assert len(found) == len(want) and all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
-@pytest.mark.parametrize("kv", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["fp32", "fp16", "bf16", "int8"])
 @pytest.mark.parametrize("name", ["layers.0.attention.q.weight", "layers.3.attention.v.weight", "layers.1.ffn.experts.up"])
 def test_a_broken_weight_ends_in_an_error_and_not_in_text(name: str, kv: str) -> None:
     """A scale that is NaN reaches the logits through every layer and kind of page."""

@@ -214,7 +214,7 @@ def step_of(layer: dict[str, Any], model: dict[str, Any], step: dict[str, Any]) 
         ({"is_local": 1}, {}, {}),
         *(({"kv_heads": n}, {}, {}) for n in (0, 3, HUGE)),
         *(({"page_tokens": n}, {}, {}) for n in (0, -1, 2, HUGE)),
-        *(({"kind": n}, {}, {}) for n in (-1, 3)),
+        *(({"kind": n}, {}, {}) for n in (-1, 4)),
         ({"kind": 2}, {}, {}),  # int8 without scales
         *(({}, {"width": n}, {}) for n in (0, -32, 31, 64, HUGE)),
         *(({}, {"heads": n}, {}) for n in (0, -4, 3, HUGE)),

@@ -74,6 +74,23 @@ inline float half_to_float(uint16_t h) {
   return out;
 }
 
+// To the nearest, ties to even; what is too large becomes infinite.
+inline uint16_t float_to_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return uint16_t(sign | 0x7e00 | ((bits >> 13) & 0x3ff));
+  if (bits >= 0x477ff000) return sign | 0x7c00;
+  if (bits < 0x38800000) {  // below 2^-14: in steps of 2^-24
+    float size;
+    std::memcpy(&size, &bits, 4);
+    return uint16_t(sign | uint16_t(std::nearbyint(size * 16777216.0f)));
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return uint16_t(sign | ((bits - 0x38000000) >> 13));
+}
+
 // --- portable: the same integers and the same fused additions, one by one. x is one tile, of which `count` tokens are wanted.
 
 inline void tile_portable(const Blocks& w, int64_t row_block, const Rounded& x, int count, float* y, int64_t stride) {

@@ -90,11 +90,21 @@ HERD_TARGET inline void add(float* x, const float* y, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) store(x + i, load(x + i) + load(y + i));
 }
 
-// --- keys and values in pages: float32, bfloat16, or int8 with a scale per token and head
+// --- keys and values in pages: float32, float16, bfloat16, or int8 with a scale per token and head
 
 template <int Kind>
 HERD_TARGET inline f8 load_as_float(const void* data, int64_t at, f8 scale) {
   if (Kind == kFloat32) return load(static_cast<const float*>(data) + at);
+  if (Kind == kFloat16) {
+    const uint16_t* raw = static_cast<const uint16_t*>(data) + at;
+#ifdef HERD_FMA
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(raw)));
+#else
+    f8 out;
+    for (int i = 0; i < kLanes; ++i) out[i] = half_to_float(raw[i]);
+    return out;
+#endif
+  }
   i8 bits;
   if (Kind == kBfloat16) {
     const uint16_t* raw = static_cast<const uint16_t*>(data) + at;
@@ -123,6 +133,15 @@ HERD_TARGET inline void write_slot(const float* x, int64_t head_width, void* dat
   const int64_t at = head * head_width;
   if (kind == kFloat32) {
     std::memcpy(static_cast<float*>(data) + at, x, size_t(head_width) * sizeof(float));
+  } else if (kind == kFloat16) {
+    uint16_t* out = static_cast<uint16_t*>(data) + at;
+    for (int64_t i = 0; i < head_width; i += kLanes) {
+#ifdef HERD_FMA
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(load(x + i), _MM_FROUND_TO_NEAREST_INT));
+#else
+      for (int lane = 0; lane < kLanes; ++lane) out[i + lane] = float_to_half(x[i + lane]);
+#endif
+    }
   } else if (kind == kBfloat16) {
     uint16_t* out = static_cast<uint16_t*>(data) + at;
     for (int64_t i = 0; i < head_width; ++i) {  // to the nearest, ties to even
@@ -244,7 +263,7 @@ struct BlockOfSlots {
 // pages are too short for the machine to see where reading goes on.
 template <int Kind>
 HERD_TARGET inline void turn_keys(const BlockOfSlots& block, const HerdPages& pages, int64_t head_width, float* keys) {
-  constexpr int64_t kBytes = Kind == kFloat32 ? 4 : Kind == kBfloat16 ? 2 : 1;
+  constexpr int64_t kBytes = kv_bytes(Kind);
   f8 rows[kLanes];
   for (int64_t j = 0; j < kKeys; j += kLanes)
     for (int64_t i = 0; i < head_width; i += Kind == kBfloat16 ? 2 * kLanes : kLanes) {
@@ -326,7 +345,9 @@ HERD_TARGET inline void attend_block(const float* q, int64_t rows, const int64_t
 HERD_TARGET inline void attend_span(const float* q, int64_t rows, const int64_t* visible, int64_t head, int64_t heads, int64_t head_width,
                                     const HerdPages& pages, const int64_t* slots, int64_t known, int64_t start, int64_t stop, float* scratch,
                                     SoftmaxRow* states, float* accs) {
-  const auto attend = pages.kind == kFloat32 ? attend_block<kFloat32> : pages.kind == kBfloat16 ? attend_block<kBfloat16> : attend_block<kInt8>;
+  static constexpr decltype(&attend_block<kFloat32>) kinds[] = {attend_block<kFloat32>, attend_block<kBfloat16>, attend_block<kInt8>,
+                                                                attend_block<kFloat16>};
+  const auto attend = kinds[pages.kind];
   for (int64_t r = 0; r < heads * rows; ++r) states[r] = SoftmaxRow{};
   std::memset(accs, 0, size_t(heads * rows * head_width) * sizeof(float));
   int64_t first = 0;  // rows before it see nothing of the block: rows see ever more

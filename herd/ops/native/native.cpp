@@ -38,7 +38,9 @@ constexpr int64_t kSpanBytes = 32 << 20;    // of the sums of spans that wait to
 constexpr int64_t kMostHeadWidth = 512;
 constexpr int64_t kMostQueriesPerKey = 64;  // query heads of one key/value head
 
-enum KvKind { kFloat32, kBfloat16, kInt8 };
+enum KvKind { kFloat32, kBfloat16, kInt8, kFloat16 };
+
+constexpr int64_t kv_bytes(int kind) { return kind == kFloat32 ? 4 : kind == kInt8 ? 1 : 2; }  // of one number
 
 struct HerdPages {  // keys and values of one layer
   void *keys, *values;                // [P, G, S, K]

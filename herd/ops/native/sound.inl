@@ -16,7 +16,7 @@ bool is_matrix(const HerdMatrix& m, int64_t rows, int64_t columns) {
 }
 
 bool is_sound(const HerdPages& p, int64_t kv_heads) {
-  return p.keys && p.values && p.kv_heads == kv_heads && p.page_tokens > 0 && p.kind >= kFloat32 && p.kind <= kInt8 &&
+  return p.keys && p.values && p.kv_heads == kv_heads && p.page_tokens > 0 && p.kind >= kFloat32 && p.kind <= kFloat16 &&
          (p.kind != kInt8 || (p.key_scales && p.value_scales));
 }
 

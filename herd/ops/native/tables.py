@@ -37,7 +37,7 @@ class Matrix(ctypes.Structure):
 class Pages(ctypes.Structure):
     """Keys and values of one layer."""
 
-    KINDS: ClassVar = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+    KINDS: ClassVar = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float16: 3}
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         ("kv_heads", ctypes.c_int64),

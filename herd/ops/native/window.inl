@@ -2,7 +2,8 @@
 //
 // Letting go loses nothing: the system keeps what it has room for, writes the rest to the file, and reads it back when it is touched again.
 // The trap is that the system maps more than was asked for: all that it has of the 64 KB around the byte that was read. So these blocks are
-// what is counted here.
+// what is counted here. From version 6.18 on Linux also maps the whole of what it read in one piece, up to 2 MB; `mapped.py` tells it to
+// read ahead nothing of its own, and what is asked for here comes in single pages.
 
 struct HerdFile {
   char* base;
@@ -15,7 +16,7 @@ class Window {
  public:
   Window(HerdFile& file, const HerdPages& p, int64_t head_width, const HerdReach& reach, int64_t sequences)
       : file(file), reach(reach), sequences(sequences) {
-    const int64_t rows = p.kv_heads * p.page_tokens, width = p.kind == kFloat32 ? 4 : p.kind == kBfloat16 ? 2 : 1;
+    const int64_t rows = p.kv_heads * p.page_tokens, width = kv_bytes(p.kind);
     for (void* data : {p.keys, p.values}) parts.push_back({static_cast<const char*>(data), rows * head_width * width});
     if (p.kind == kInt8)
       for (float* data : {p.key_scales, p.value_scales}) parts.push_back({reinterpret_cast<const char*>(data), rows * 4});
@@ -44,7 +45,7 @@ class Window {
       if (stop > first && bytes + more > file.window / 2) break;
       bytes += more;
     }
-    make_room(bytes);
+    if (make_room(bytes) && first == 0) ask_for(0, stop);
     if (stop < last) ask_for(stop, std::min(last, 2 * stop - first));
     return stop;
   }
@@ -81,14 +82,17 @@ class Window {
     return bytes;
   }
 
-  void make_room(int64_t bytes) {
-    if (file.touched + bytes > file.window) {
+  // Whether all was let go for it.
+  bool make_room(int64_t bytes) {
+    const bool is_full = file.touched + bytes > file.window;
+    if (is_full) {
 #ifdef __linux__
       madvise(file.base, size_t(file.bytes), MADV_DONTNEED);
 #endif
       file.touched = 0;
     }
     file.touched += bytes;
+    return is_full;
   }
 
   // Let the system read spans [first, last) of all sequences from the disk while others are computed.
