@@ -121,7 +121,7 @@ def draft_of(name: str) -> str:
 
 def refusal(error: UsageError) -> str:
     """The keyword that an error names, or ""."""
-    found = re.search(r"the JSON schema uses (.+), which|the JSON schema's (\S+) cannot", error.message)
+    found = re.search(r"the JSON schema uses (.+), which cannot|the JSON schema's (\S+) cannot", error.message)
     return (found[1] or found[2]) if found else ""
 
 

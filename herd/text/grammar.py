@@ -108,21 +108,7 @@ def _schema(schema: Any, *, lenient: bool = False, param: str = "response_format
         json.dumps(whole)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"the JSON schema is no JSON: {error}", "make it of dicts, lists, texts and numbers", param=param) from error
-    if not lenient and _moves_a_reference(whole):
-        message = "the JSON schema uses $ref beside $id, which drafts read differently: it cannot be enforced"
-        raise UsageError(message, "give the part with $id a place of its own", param=param)
     return {**whole, "x-guidance": {**_COMPACT, "lenient": lenient}}
-
-
-def _moves_a_reference(schema: Any) -> bool:
-    """Whether somewhere `$ref` stands beside `$id`: up to draft 7 the reference is read as if `$id` were not there, later from it."""
-    if isinstance(schema, list):
-        return any(map(_moves_a_reference, schema))
-    if not isinstance(schema, Mapping):
-        return False
-    if isinstance(schema.get("$ref"), str) and any(isinstance(schema.get(key), str) for key in ("$id", "id")):
-        return True
-    return any(_moves_a_reference(part) for key, part in schema.items() if key not in ("const", "enum", "default", "examples"))
 
 
 @lru_cache(maxsize=1024)
