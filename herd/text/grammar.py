@@ -108,21 +108,20 @@ def _schema(schema: Any, *, lenient: bool = False, param: str = "response_format
         json.dumps(whole)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"the JSON schema is no JSON: {error}", "make it of dicts, lists, texts and numbers", param=param) from error
-    if not lenient and _moves_a_reference(whole):
-        message = "the JSON schema uses $ref beside $id, which drafts read differently: it cannot be enforced"
-        raise UsageError(message, "give the part with $id a place of its own", param=param)
+    if not lenient and (keyword := _rounded(whole)):
+        message = f"the JSON schema's {keyword} has a whole number beyond 2^53 that no double holds: it cannot be enforced"
+        raise UsageError(message, "write it as a string, or let it go", param=param)
     return {**whole, "x-guidance": {**_COMPACT, "lenient": lenient}}
 
 
-def _moves_a_reference(schema: Any) -> bool:
-    """Whether somewhere `$ref` stands beside `$id`: up to draft 7 the reference is read as if `$id` were not there, later from it."""
-    if isinstance(schema, list):
-        return any(map(_moves_a_reference, schema))
-    if not isinstance(schema, Mapping):
-        return False
-    if isinstance(schema.get("$ref"), str) and any(isinstance(schema.get(key), str) for key in ("$id", "id")):
-        return True
-    return any(_moves_a_reference(part) for key, part in schema.items() if key not in ("const", "enum", "default", "examples"))
+def _rounded(value: Any, keyword: str = "") -> str:
+    """The key under which there is a whole number that llguidance, which holds numbers as doubles, would make another; "" for none."""
+    if isinstance(value, Mapping):
+        return next((found for key, part in value.items() if (found := _rounded(part, key))), "")
+    if isinstance(value, list):
+        return next((found for part in value if (found := _rounded(part, keyword))), "")
+    is_rounded = isinstance(value, int) and (abs(value) > 1 << 1023 or int(float(value)) != value)
+    return keyword if is_rounded else ""
 
 
 @lru_cache(maxsize=1024)

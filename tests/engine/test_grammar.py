@@ -218,7 +218,7 @@ def test_seeded_replies_are_the_same_in_any_company(tiny: Model) -> None:
         ({"type": "string", "pattern": "(?=a)b"}, "pattern"),
         ({"oneOf": [{"type": "string"}, {"minLength": 3}]}, "oneOf"),
         ({"$ref": "#/nowhere"}, r"\$ref"),
-        ({"allOf": [{"$id": "https://example.org/a", "$ref": "b.json"}]}, r"\$ref beside \$id"),
+        ({"enum": [(1 << 53) + 1]}, "enum"),
         ({"type": "strin"}, "type"),
     ],
 )
