@@ -212,8 +212,8 @@ def about(arguments: argparse.Namespace, prompts: list[int], version: str) -> li
         f"Hardware: {cpu()}, {arguments.threads} threads for each server, client on the same cores; Python {platform.python_version()}.",
         f"llama.cpp: {version.removeprefix('version: ')}, `-np {SLOTS} -c {SLOTS * SLOT_TOKENS}`, continuous batching and prompt cache on "
         f"as they are by default. herd: `--max-sequences={SLOTS} {arguments.herd_options}`.",
-        f"{arguments.requests} requests a rate, Poisson arrivals; prompts of {spread(lengths)} tokens, the system message included (least, median, "
-        f"most; {sum(lengths):,} in all), replies of {spread(replies)} ({sum(replies):,}); greedy, ignore_eos; both sides in turn.",
+        f"{arguments.requests} requests a rate, Poisson arrivals; prompts of {spread(lengths)} tokens, system message included (least, "
+        f"median, most; {sum(lengths):,} in all), replies of {spread(replies)} ({sum(replies):,}); greedy, ignore_eos; both sides in turn.",
         "First tokens and gaps (between two pieces of text) in ms, as the client sees them. CPU: seconds of the server per second.",
         "",
     ]

@@ -17,6 +17,7 @@ from herd.checkpoint.convert import write
 from herd.checkpoint.names import herd_shapes
 from herd.checkpoint.source import Source, Stored, of_blocks
 from herd.log import show_logs
+from herd.model.config import ModelConfig
 from herd.model.presets import SCOUT
 from herd.ops.int4 import ROWS, Kind
 from herd.quant.int4 import plan
@@ -25,8 +26,8 @@ from herd.text.tokenizer import byte_tokenizer
 SCALE = 0.01
 
 
-def random_blocks(name: str, shape: tuple[int, ...], kind: Kind) -> Stored:
-    """Uniform codes; their numbers follow from the name and the place alone."""
+def random_blocks(name: str, shape: tuple[int, ...], kind: Kind, live: range | None = None) -> Stored:
+    """Uniform codes; their numbers follow from the name and the place alone. live: the rows that are not 0, in whole blocks; None: all."""
     row_bytes = kind.blocks_shape(shape)[-2] * kind.block_bytes
 
     def rows(start: int, stop: int) -> torch.Tensor:
@@ -39,6 +40,9 @@ def random_blocks(name: str, shape: tuple[int, ...], kind: Kind) -> Stored:
         if kind.bits == 8:
             blocks[..., : kind.code_bytes].masked_fill_(blocks[..., : kind.code_bytes] == 128, 0)
         blocks[..., kind.code_bytes :] = torch.full((ROWS,), SCALE if kind.bits == 4 else SCALE / 16, dtype=torch.float16).view(torch.uint8)
+        for i in range(start, stop) if live else ():
+            if not live.start <= i * ROWS < live.stop:
+                blocks[i - start, ..., kind.code_bytes :] = 0
         return blocks
 
     return of_blocks(Stored(kind.blocks_shape(shape), torch.uint8, rows))
@@ -53,26 +57,33 @@ def hash_of(name: str) -> int:
     return int.from_bytes(name.encode()[-7:], "little")
 
 
+def write_random(config: ModelConfig, out: Path, heads: range | None = None, files: dict[str, bytes] | None = None) -> None:
+    """A checkpoint of random blocks for a text model, with the ids of the byte tokenizer; out: the folder, not there yet.
+
+    heads: the ids whose logits are not 0; None: all.  files: of another tokenizer that has those ids.
+    """
+    ids = {"bos_id": 256, "stop_ids": (257, 260, 261), "pad_id": 262, "patch_id": -1}  # of the byte tokenizer; no images
+    config = dataclasses.replace(config, vision=None, **ids)
+    shapes = herd_shapes(config)
+    kinds = plan(shapes).kinds
+    tensors = {}
+    for name, shape in shapes.items():
+        if name in kinds:
+            tensors[name] = random_blocks(name, shape, kinds[name], heads if name == "head.weight" else None)
+        elif "norm" in name:
+            tensors[name] = Stored(shape, torch.float32, lambda a, b: torch.ones(b - a))
+        else:
+            tensors[name] = random_floats(shape, 0.02)
+    write(Source(config=config, tensors=tensors, files=files or byte_tokenizer().files(), kind="memory"), out, "herd")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layers", type=int)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     show_logs()
-    config = dataclasses.replace(SCOUT, num_layers=arguments.layers, vocab_size=2048, vision=None, context_tokens=131072)
-    ids = {"bos_id": 256, "stop_ids": (257, 260, 261), "pad_id": 262, "patch_id": -1}  # of the byte tokenizer; no images
-    config = dataclasses.replace(config, **ids)
-    shapes = herd_shapes(config)
-    kinds = plan(shapes).kinds
-    tensors = {}
-    for name, shape in shapes.items():
-        if name in kinds:
-            tensors[name] = random_blocks(name, shape, kinds[name])
-        elif "norm" in name:
-            tensors[name] = Stored(shape, torch.float32, lambda a, b: torch.ones(b - a))
-        else:
-            tensors[name] = random_floats(shape, 0.02)
-    write(Source(config=config, tensors=tensors, files=byte_tokenizer().files(), kind="memory"), arguments.out, "herd")
+    write_random(dataclasses.replace(SCOUT, num_layers=arguments.layers, vocab_size=2048, context_tokens=131072), arguments.out)
 
 
 if __name__ == "__main__":

@@ -149,6 +149,7 @@ class Pages:
         self.full = PagePool(self.capacity.full_pages)
         self.local = PagePool(self.capacity.local_pages)
         self.has_full, self.has_local = bool(model.global_layers), bool(model.local_layers)
+        self._global_share = len(model.global_layers) / model.num_layers
         self.keeps = config.prefix_cache
 
         def room(layer: int) -> Slots:
@@ -161,6 +162,10 @@ class Pages:
     def chunk_start(self, position: int) -> int:
         """Where the chunk of a position starts."""
         return position // self.chunk_tokens * self.chunk_tokens if self.chunk_tokens else 0
+
+    def keys_seen(self, position: int) -> float:
+        """Earlier tokens that the one at a position attends to, on average over the layers."""
+        return position - (1 - self._global_share) * self.chunk_start(position)
 
     def lacking(self, sequence: Sequence, stop: int) -> tuple[int, int]:
         """Pages of both kinds that the tables lack for tokens up to `stop`, whatever the chunk that lies in."""

@@ -1,4 +1,4 @@
-"""Who is computed next. Decoding sequences first, one token each; prompts get the rest of the step, or what the pace allows.
+"""Who is computed next. Decoding sequences first, one token each; prompts get the rest of the step, or what the pace allows, if it does.
 
 Of several prompts the one that arrived first gets half, and the others the rest, the shortest first: a long prompt holds up no short one,
 and short ones do not starve it. A prompt whose next page is being computed for another waits for it.
@@ -9,6 +9,7 @@ meanwhile; the rest is computed again later, so nothing that a reader saw is los
 since a sequence that could never fit is refused at the door, every sequence ends.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -54,9 +55,13 @@ class Plan:
         return [piece for piece in self.pieces if piece.num_rows]
 
     @property
-    def prompt_tokens(self) -> int:
-        """Tokens of sequences that do not decode yet."""
-        return sum(piece.stop - piece.start for piece in self.pieces if not piece.is_decoding)
+    def prompts(self) -> list[Piece]:
+        """The pieces of sequences that do not decode yet."""
+        return [piece for piece in self.pieces if not piece.is_decoding]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
 
 
 class Scheduler:
@@ -94,16 +99,25 @@ class Scheduler:
         decoding = [s for s in self.running if s.num_waiting == 1]
         for others_left, sequence in zip(reversed(range(len(decoding))), decoding, strict=True):
             left -= self._plan(plan, sequence, max(min(left, 1), left - others_left), len(decoding) - 1)
-        if plan.pieces:
-            left = self.pace.prompt_tokens(left)
-        prompts = [s for s in self.running if s.num_waiting > 1]
-        others = sorted(prompts[1:], key=lambda s: s.num_waiting)
-        kept_back = min(left // 2, sum(s.num_waiting for s in others))
-        for sequence in prompts[:1]:
-            left -= self._plan(plan, sequence, left - kept_back)
-        for sequence in others:
-            left -= self._plan(plan, sequence, left)
+        self._plan_prompts(plan, left)
         return plan
+
+    def _plan_prompts(self, plan: Plan, left: int) -> None:
+        """Fill up a step with `left` tokens at most, beside decoding sequences also no more than the pace allows."""
+        prompts = [s for s in self.running if s.num_waiting > 1]
+        order = [*prompts[:1], *sorted(prompts[1:], key=lambda s: s.num_waiting)]
+        keys = {s: self.pages.keys_seen(s.num_computed) for s in order}
+        wanted_s = {s: s.num_waiting * self.pace.token_s(keys[s]) for s in order}
+        left_s = self.pace.spare_s(sum(wanted_s.values())) if plan.pieces else math.inf
+        kept = min(left // 2, sum(s.num_waiting for s in order[1:]))  # for the others
+        kept_s = min(left_s / 2, sum(wanted_s[s] for s in order[1:]))
+        for sequence in order:
+            budget = left - kept
+            if left_s < math.inf:
+                budget = min(budget, self.pace.tokens(left_s - kept_s, keys[sequence], plan.num_tokens))
+            count = self._plan(plan, sequence, budget)
+            left, left_s = left - count, max(kept_s, left_s - count * self.pace.token_s(keys[sequence]))
+            kept, kept_s = 0, 0.0
 
     def accept(self, plan: Plan, tokens: list[list[int] | HerdError]) -> list[tuple[Sequence, ChatEvent | HerdError]]:
         """Record that `plan` was computed and that its due pieces drew `tokens`, one or more each or none; say what readers get."""
@@ -136,8 +150,10 @@ class Scheduler:
 
     def learn(self, plan: Plan, seconds: float) -> None:
         """Take note of how long the computation of `plan` took."""
-        self.pace.saw(any(piece.is_decoding for piece in plan.pieces), plan.prompt_tokens, seconds)
-        self.payoff.saw(sum(piece.stop - piece.start for piece in plan.pieces), seconds)
+        prompts = [(piece.stop - piece.start, self.pages.keys_seen(piece.start)) for piece in plan.prompts]
+        if len(prompts) < len(plan.pieces):
+            self.pace.saw(sum(count for count, _ in prompts), sum(count * keys for count, keys in prompts), seconds)
+        self.payoff.saw(plan.num_tokens, seconds)
 
     def _plan(self, plan: Plan, sequence: Sequence, budget: int, others: int = 0) -> int:
         """Add the next piece of `sequence` to the plan and give it pages; returns its tokens, 0 where it cannot go on.

@@ -78,7 +78,7 @@ def starved_engine(model: Model, rng: random.Random) -> Engine:
         context_tokens=CONTEXT,
         max_sequences=max_sequences,
         step_tokens=rng.randint(max_sequences, 80),
-        pace=rng.choice([0, 0.5, 0.9]),
+        pace=rng.choice([0, 0.5, 0.9, 1]),
         draft_tokens=rng.choice([0, 1, 8, 8]),
         prefix_cache=rng.random() < 0.9,
     )
