@@ -3,11 +3,14 @@
 import asyncio
 import ctypes
 import queue
+import weakref
+from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from collections.abc import Sequence as ListLike
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -207,11 +210,38 @@ def _message(message: Message | dict[str, Any]) -> Message:
     return Message(role=cast(Role, message["role"]), content=tuple(parts))
 
 
+class _Border:
+    """Between the threads of engines and an event loop: events wait here until the step that made them is over.
+
+    To wake a loop is a system call, at which an engine's thread loses the interpreter's lock; once a step is enough, whatever its events.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._waiting: deque[tuple[asyncio.Queue[ChatEvent | HerdError], ChatEvent | HerdError]] = deque()
+
+    def post(self, reader: asyncio.Queue[ChatEvent | HerdError], event: ChatEvent | HerdError) -> None:
+        self._waiting.append((reader, event))
+
+    def flush(self) -> None:
+        """Let the loop hand out what waits. From any thread."""
+        loop = self._loop()
+        with suppress(RuntimeError):  # the loop has closed: nobody reads any more, and that must not stop the engine
+            if loop is not None:
+                loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._waiting:
+            reader, event = self._waiting.popleft()
+            reader.put_nowait(event)
+
+
 class Local:
     """The `Backend` of models that run in this process."""
 
     def __init__(self, models: ListLike[Model]) -> None:
         self._models = {model.name: model for model in models}
+        self._borders: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Border] = weakref.WeakKeyDictionary()
         # images are cut one request at a time: a small file can be a hundred megapixels, and texts should not wait behind them
         self._cutting = ThreadPoolExecutor(1, thread_name_prefix="herd-images")
         if len(self._models) < len(models):
@@ -231,17 +261,14 @@ class Local:
             hint = nearest(request.model, self._models) or f"loaded: {', '.join(self._models)}"
             raise ModelNotFound(f"no model is called {request.model!r} here", hint, param="model")
         loop = asyncio.get_running_loop()
+        border = self._borders.setdefault(loop, _Border(loop))
         events: asyncio.Queue[ChatEvent | HerdError] = asyncio.Queue()
-
-        def emit(event: ChatEvent | HerdError) -> None:
-            with suppress(RuntimeError):  # the loop has closed: nobody reads any more, and that must not stop the engine
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
         if any(isinstance(part, Image) for message in request.messages for part in message.content):
             prompt = await asyncio.wrap_future(self._cutting.submit(model.prompt, request.messages))
         else:
             prompt = await asyncio.to_thread(model.prompt, request.messages)
-        sequence = model.thread.engine.sequence(prompt, request.sampling, emit)
+        sequence = model.thread.engine.sequence(prompt, request.sampling, partial(border.post, events))
+        sequence.flush = border.flush
         model.thread.submit(sequence)
         try:
             while True:

@@ -30,6 +30,7 @@ class Sequence:
     chain: Chain  # what its pages hold, as keys
     lookup: Lookup  # guesses at what the reply goes on with
     emit: Emit  # receives events; an error is the last one
+    flush: Callable[[], None] | None = None  # called when a step has emitted all its events, once for all sequences that have the same
     tokens: list[int] = field(init=False)  # prompt and reply
     num_computed: int = 0  # tokens whose keys and values are in pages
     num_reached: int = 0  # the most that ever were: making room for others can take pages away again

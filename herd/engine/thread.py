@@ -62,19 +62,28 @@ class _Loop:
             torch.set_num_threads(1)  # of this thread: what is left to torch is small, and a second pool would fight for the cores
         try:
             while self._read_inbox():
-                for sequence, event in self._engine.step():
+                events = self._engine.step()
+                for sequence, event in events:
                     if isinstance(event, Done | HerdError):
                         self._live.discard(sequence)
                     sequence.emit(event)
+                for flush in {sequence.flush for sequence, _ in events if sequence.flush}:
+                    flush()
         except Exception as error:  # whatever it was, every reader must hear of it, and the server must stop saying that all is well
             log.exception("the engine has stopped")
             self.failure = HerdError(f"the engine has stopped: {type(error).__name__}: {error}", "restart herd; its log has the details")
             for sequence in self._live:
-                sequence.emit(self.failure)
+                self._fail(sequence)
             while letter := self.inbox.get():  # what was handed over before `submit` could know
                 is_new, sequence = letter
                 if is_new:
-                    sequence.emit(self.failure)
+                    self._fail(sequence)
+
+    def _fail(self, sequence: Sequence) -> None:
+        assert self.failure
+        sequence.emit(self.failure)
+        if sequence.flush:
+            sequence.flush()
 
     def _read_inbox(self) -> bool:
         """Take in what has been handed over, and wait for something when there is nothing to compute; False when the thread is to end."""
