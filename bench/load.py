@@ -156,18 +156,17 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="*", help="measure at these rates and search nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--herd-options", nargs="*", default=["--draft-tokens=0"], help="how herd is served")
+    parser.add_argument("--herd-options", default="--draft-tokens=0", help="how herd is served, in one word: --herd-options='--pace=0 ...'")
     parser.add_argument("--only", choices=("herd", "llama.cpp"), help="leave the other out")
     parser.add_argument("--save", action="store_true", help="write the table under bench/results/")
     arguments = parser.parse_args()
     show_logs()
-    asked = requests(arguments.requests, arguments.seed)
     slots = ["-np", str(SLOTS), "-c", str(SLOTS * SLOT_TOKENS)]
     points: list[Point] = []
     searches: dict[str, Search] = {}
-    prompts: dict[str, list[int]] = {}
+    prompts: dict[int, list[int]] = {}  # how long they were, by how often the rate had changed
     with (
-        herd(arguments.model, arguments.threads, f"--max-sequences={SLOTS}", *arguments.herd_options) as ours,
+        herd(arguments.model, arguments.threads, f"--max-sequences={SLOTS}", *arguments.herd_options.split()) as ours,
         llama_cpp(arguments.rival, arguments.gguf, arguments.threads, *slots) as theirs,
     ):
         version = subprocess.run([arguments.rival, "--version"], capture_output=True, text=True).stderr.splitlines()[0]
@@ -175,41 +174,46 @@ def main() -> None:
         for side in sides:
             searches[side.name] = Search(arguments.start, arguments.halvings)
             asyncio.run(load(side, requests(SLOTS, -1), 8))  # warms up: every slot has been used
+
+        def point(side: Server, rate: float) -> Point:
+            again = sum(point.server == side.name for point in points)
+            found, replies = measure(side, requests(arguments.requests, arguments.seed, again), rate)
+            lengths = [reply.usage["prompt_tokens"] for reply in replies]
+            assert prompts.setdefault(again, lengths) == lengths, "both read the same number of tokens"
+            points.append(found)
+            return found
+
         for rate in arguments.rates or ():
-            points += [measure(side, asked, rate)[0] for side in sides]
+            for side in sides:
+                point(side, rate)
         while not arguments.rates and not all(search.is_over for search in searches.values()):
             for side in sides:
                 search = searches[side.name]
-                if search.is_over:
-                    continue
-                point, replies = measure(side, asked, search.rate)
-                prompts[side.name] = [reply.usage["prompt_tokens"] for reply in replies]
-                search.learn(point.first_s[1] <= arguments.bound)
-                points.append(point)
-    assert len({tuple(lengths) for lengths in prompts.values()}) < 2, "both read the same number of tokens"
-    report = "\n".join([*about(arguments, asked, prompts, version), *table(points), *found(points, searches, arguments.bound), ""])
+                if not search.is_over:
+                    search.learn(point(side, search.rate).first_s[1] <= arguments.bound)
+    report = "\n".join([*about(arguments, prompts[0], version), *table(points), *found(points, searches, arguments.bound), ""])
     print(report)
     if arguments.save:
         name = f"load_{Path(arguments.model).name}_{cpu().split()[0].lower()}_{datetime.date.today():%Y%m%d}.md"
         (HERE / "results" / name).write_text(report)
 
 
-def about(arguments: argparse.Namespace, asked: list[Request], prompts: dict[str, list[int]], version: str) -> list[str]:
+def about(arguments: argparse.Namespace, prompts: list[int], version: str) -> list[str]:
     """What a reader needs to run it again."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     model, gguf = Path(arguments.model).name, Path(arguments.gguf).name
-    replies = sorted(request.reply_tokens for request in asked)
-    lengths = sorted(next(iter(prompts.values()), [0]))
+    replies, lengths = sorted(request.reply_tokens for request in requests(arguments.requests, arguments.seed)), sorted(prompts)
     return [
         f"# Requests per second that a server bears: {model}",
         "",
-        f"Command: `python bench/load.py {model} {gguf} --rival llama-server --requests {len(asked)} --bound {arguments.bound:g} "
-        f"--halvings {arguments.halvings} --seed {arguments.seed}`, commit {commit or '?'}.",
+        f"Command: `python bench/load.py {model} {gguf} --rival llama-server --requests {arguments.requests} --bound {arguments.bound:g} "
+        f"--start {arguments.start:g} --halvings {arguments.halvings} "
+        f"--seed {arguments.seed}`, commit {commit or '?'}.",
         f"Hardware: {cpu()}, {arguments.threads} threads for each server, client on the same cores; Python {platform.python_version()}.",
         f"llama.cpp: {version.removeprefix('version: ')}, `-np {SLOTS} -c {SLOTS * SLOT_TOKENS}`, continuous batching and prompt cache on "
-        f"as they are by default. herd: `--max-sequences={SLOTS} {' '.join(arguments.herd_options)}`.",
-        f"{len(asked)} requests a rate, Poisson arrivals; prompts of {spread(lengths)} tokens, the system message included (least, median, "
-        f"most; {sum(lengths):,} in all), replies of {spread(replies)} ({sum(replies):,}); greedy, ignore_eos; both sides in turn.",
+        f"as they are by default. herd: `--max-sequences={SLOTS} {arguments.herd_options}`.",
+        f"{arguments.requests} requests a rate, Poisson arrivals; prompts of {spread(lengths)} tokens, system message included (least, "
+        f"median, most; {sum(lengths):,} in all), replies of {spread(replies)} ({sum(replies):,}); greedy, ignore_eos; both sides in turn.",
         "First tokens and gaps (between two pieces of text) in ms, as the client sees them. CPU: seconds of the server per second.",
         "",
     ]

@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -41,6 +42,7 @@ class Server:
 
     def __init__(self, name: str, command: list[str], port: int) -> None:
         self.name, self.command, self.port = name, command, port
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what ends the bench must end its servers too
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         start = time.perf_counter()
         while not self._answers():

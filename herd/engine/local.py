@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import weakref
+from collections import deque
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as ListLike
 from concurrent.futures import ThreadPoolExecutor
@@ -231,11 +233,38 @@ def _sampling(whole: Sampling | None, values: dict[str, Any]) -> Sampling:
     return replace(whole or Sampling(), **values)
 
 
+class _Border:
+    """Between the threads of engines and an event loop: events wait here until the step that made them is over.
+
+    To wake a loop is a system call, at which an engine's thread loses the interpreter's lock; once a step is enough, whatever its events.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._waiting: deque[tuple[asyncio.Queue[ChatEvent | HerdError], ChatEvent | HerdError]] = deque()
+
+    def post(self, reader: asyncio.Queue[ChatEvent | HerdError], event: ChatEvent | HerdError) -> None:
+        self._waiting.append((reader, event))
+
+    def flush(self) -> None:
+        """Let the loop hand out what waits. From any thread."""
+        loop = self._loop()
+        with suppress(RuntimeError):  # the loop has closed: nobody reads any more, and that must not stop the engine
+            if loop is not None:
+                loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._waiting:
+            reader, event = self._waiting.popleft()
+            reader.put_nowait(event)
+
+
 class Local:
     """The `Backend` of models that run in this process."""
 
     def __init__(self, models: ListLike[Model]) -> None:
         self._models = {model.name: model for model in models}
+        self._borders: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Border] = weakref.WeakKeyDictionary()
         # images are cut one request at a time: a small file can be a hundred megapixels, and texts should not wait behind them
         self._cutting = ThreadPoolExecutor(1, thread_name_prefix="herd-images")
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="herd-load")  # one model at a time; who waits holds no other thread
@@ -271,14 +300,12 @@ class Local:
 
     async def _reply(self, model: Model, thread: EngineThread, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         loop = asyncio.get_running_loop()
+        border = self._borders.setdefault(loop, _Border(loop))
         events: asyncio.Queue[ChatEvent | HerdError] = asyncio.Queue()
-
-        def emit(event: ChatEvent | HerdError) -> None:
-            with suppress(RuntimeError):  # the loop has closed: nobody reads any more, and that must not stop the engine
-                loop.call_soon_threadsafe(events.put_nowait, event)
 
         def made() -> Sequence:
             salt = json.dumps(request.cache_salt).encode() if request.cache_salt else b""
+            emit = partial(border.post, events)
             tools, choice = request.tools, request.tool_choice
             return thread.engine.sequence(model.prompt(request), request.sampling, emit, salt, tools=tools, tool_choice=choice)
 
@@ -286,6 +313,7 @@ class Local:
             sequence = await asyncio.wrap_future(self._cutting.submit(made))
         else:
             sequence = await asyncio.to_thread(made)  # rendering a long talk and compiling a grammar take their time
+        sequence.flush = border.flush
         thread.submit(sequence)
         try:
             while True:

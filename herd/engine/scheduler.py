@@ -159,10 +159,10 @@ class Scheduler:
 
     def learn(self, plan: Plan, seconds: float) -> None:
         """Take note of how long the computation of `plan` took."""
-        self.payoff.saw(plan.num_tokens, seconds)
         prompts = [(piece.stop - piece.start, self.pages.keys_seen(piece.start)) for piece in plan.prompts]
         if len(prompts) < len(plan.pieces):
             self.pace.saw(sum(count for count, _ in prompts), sum(count * keys for count, keys in prompts), seconds)
+        self.payoff.saw(plan.num_tokens, seconds)
 
     def _plan(self, plan: Plan, sequence: Sequence, budget: int, others: int = 0) -> int:
         """Add the next piece of `sequence` to the plan and give it pages; returns its tokens, 0 where it cannot go on.

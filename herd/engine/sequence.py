@@ -36,6 +36,7 @@ class Sequence:
     lookup: Lookup  # guesses at what the reply goes on with
     emit: Emit  # receives events; an error is the last one
     reader: CallReader | None = None  # finds calls of tools in the text; None where there are no tools
+    flush: Callable[[], None] | None = None  # called when a step has emitted all its events, once for all sequences that have the same
     tokens: list[int] = field(init=False)  # prompt and reply
     num_computed: int = 0  # tokens whose keys and values are in pages
     num_reached: int = 0  # the most that ever were: making room for others can take pages away again

@@ -92,19 +92,28 @@ class _Loop:
             log.exception("the engine has stopped")
             self.failure = HerdError(f"the engine has stopped: {type(error).__name__}: {error}", "restart herd; its log has the details")
             for sequence in self._live:
-                sequence.emit(self.failure)
+                self._fail(sequence)
             while letter := self.inbox.get():  # what was handed over before `submit` could know
                 is_new, sequence = letter
                 if is_new:
-                    sequence.emit(self.failure)
+                    self._fail(sequence)
+
+    def _fail(self, sequence: Sequence) -> None:
+        assert self.failure
+        sequence.emit(self.failure)
+        if sequence.flush:
+            sequence.flush()
 
     # What follows is in functions of its own so that a thread which waits holds no sequence that has ended in a variable.
 
     def _step(self, engine: Engine) -> None:
-        for sequence, event in engine.step():
+        events = engine.step()
+        for sequence, event in events:
             if isinstance(event, Done | HerdError):
                 self._live.discard(sequence)
             sequence.emit(event)
+        for flush in {sequence.flush for sequence, _ in events if sequence.flush}:
+            flush()
 
     def _read_inbox(self, engine: Engine) -> bool:
         """Take in what has been handed over, and wait for something when there is nothing to compute; False when the thread is to end."""

@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -120,15 +121,51 @@ def test_backend_cancels_when_closed(tiny: Model) -> None:
     assert is_idle(tiny)
 
 
-def test_an_engine_that_dies_tells_every_reader() -> None:
+def test_a_step_wakes_the_loop_once(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight readers, 30 tokens each, most of them in the same steps."""
+    sampling = Sampling(temperature=0, max_tokens=30, ignore_eos=True)
+    request = ChatRequest(model="tiny", messages=(Message(role="user", content=("hey",)),), sampling=sampling)
+    wakes: list[object] = []
+    steps = tiny.thread.engine.watch.num_steps
+
+    async def run() -> list[int]:
+        loop, backend = asyncio.get_running_loop(), Local([tiny])
+        wake = loop.call_soon_threadsafe
+
+        def counted(call: Any, *values: Any, **choices: Any) -> Any:
+            if getattr(call, "__name__", "") == "_deliver":
+                wakes.append(call)
+            return wake(call, *values, **choices)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+
+        async def read() -> int:
+            events = [event async for event in backend.chat(request)]
+            assert isinstance(events[-1], Done) and len(events[-1].tokens) == 30
+            return len(events)
+
+        return await asyncio.gather(*(read() for _ in range(8)))
+
+    num_events = sum(asyncio.run(run()))
+    assert 0 < len(wakes) <= tiny.thread.engine.watch.num_steps - steps < num_events
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_engine_that_dies_tells_every_reader(is_async: bool) -> None:
     model = herd.load("tiny")
 
     def broken(plan: object) -> None:
         raise RuntimeError("no more")
 
     model.thread.engine.runner.see = broken  # type: ignore[method-assign,assignment]
+    request = ChatRequest(model="tiny", messages=(Message(role="user", content=("x",)),))
+
+    async def read() -> None:
+        async for _ in Local([model]).chat(request):
+            pass
+
     with pytest.raises(HerdError, match="no more"):
-        list(model.generate("x"))
+        asyncio.run(asyncio.wait_for(read(), 20)) if is_async else list(model.generate("x"))
     assert not Local([model]).is_healthy()
     with pytest.raises(HerdError, match="no more"):
         model.generate("x")
