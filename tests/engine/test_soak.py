@@ -48,7 +48,7 @@ from .test_resident import until
 SECONDS = float(os.environ.get("SOAK_S", "2"))
 WINDOW_S = min(60.0, max(0.5, SECONDS / 60))
 READERS = 6
-# of resident memory after the warm-up: from its first third to its last, and at any one time, where the C allocator's own caches come and go
+# of resident memory after the warm-up: from its first third to its last, and at any one time, where the C allocator's caches come and go
 DRIFT, NOISE = 0.02, 0.02 if os.environ.get("MALLOC_ARENA_MAX") == "1" else 0.05
 LIMIT_BYTES = 600_000  # of chunks on the disk
 CHOICES = {
