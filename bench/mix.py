@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """Do replies keep their pace while a very long prompt comes in, and how soon does a short one get its first token meanwhile?
 
-usage: mix.py [--server LLAMA-SERVER] [--tokens 100000] [--chats 8] [--save]
+usage: mix.py [--server LLAMA-SERVER] [--tokens 100000] [--chats 8] [--cpu-time] [--save]
 
 Both sides are servers and read over HTTP, each alone on the machine, one after the other, with the same weights and threads. Some chats
 write without end. After a while alone a long prompt comes in, and every few seconds a short one; when the long one has its first token the
 chats are alone again. The promise is kept if each chat's tokens per second meanwhile are 70 % of what they were alone, before and after
 (contexts grow, so the mean of the two), and no gap between two of its tokens is longer than five times the median gap.
+
+With --cpu-time herd's engine runs in this process on one thread and steps are timed, and paced, by the processor's time: neighbours on the
+machine do not count. There are no short prompts then.
 
 The model has random int4 weights: 4 layers of Cria's width with 4 experts, one of them global, chunks of 8,192, the vocabulary of Llama 4.
 Only the logits of ASCII characters are not 0, so that each token is a character and comes as an event of its own.
@@ -31,13 +34,19 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from slice import write_random
 from versus import HERE, cpu
 
+from herd.chat import Sampling
 from herd.checkpoint.convert import write
 from herd.checkpoint.load import open_model
+from herd.engine.config import EngineConfig
+from herd.engine.local import open_engine
+from herd.engine.sequence import Sequence
 from herd.log import log, show_logs
 from herd.model.presets import CRIA
+from herd.text.prompt import Prompt
 from herd.text.tokenizer import byte_tokenizer
 
 MODEL = dataclasses.replace(
@@ -177,6 +186,49 @@ def gaps(seen: Seen, span: tuple[float, float]) -> list[float]:
     return sorted(b - a for a, b in pairs if b > span[0] and a < span[1])
 
 
+def in_process(folder: Path, arguments: argparse.Namespace) -> str:
+    """The same with an engine and no server, by the time that the processor spent on each step.
+
+    What a step takes alone is that of the steps without a prompt: contexts grow meanwhile, and where local layers begin a chunk they shrink.
+    """
+    choices = EngineConfig(threads=1, draft_tokens=0, kv="bf16", prefix_cache=False, pace=arguments.pace)
+    engine, clock, numbers = open_engine(folder / "mix", config=choices, device="cpu"), time.process_time, random.Random(0)
+    engine.watch.clock = clock
+
+    def add(length: int, max_tokens: int) -> Sequence:
+        prompt = Prompt(tokens=list(text(numbers, length).encode()), loss_mask=[False] * length)
+        sequence = engine.sequence(prompt, Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True), _unheard)
+        engine.scheduler.add(sequence)
+        return sequence
+
+    def step() -> float:
+        start = clock()
+        engine.step()
+        return clock() - start
+
+    for _ in range(arguments.chats):
+        add(SHORT, arguments.most)
+    for _ in range(50):
+        step()
+    before = [step() for _ in range(100)]
+    long, during = add(arguments.tokens, 2), []
+    while long.num_waiting > 1:
+        during.append(step())
+    after = [step() for _ in range(100)]
+    alone, middle = statistics.mean([*before, *after]), statistics.median(during)
+    cells = [f"{statistics.mean(each) * 1e3:.1f}" for each in (before, after, during)]
+    cells += [
+        f"**{alone / statistics.mean(during):.2f}**",
+        f"{middle * 1e3:.1f}",
+        f"{max(during) * 1e3:.1f} = {max(during) / middle:.1f} x",
+    ]
+    return f"| herd, processor time | {' | '.join([*cells, f'{max(before) / statistics.median(before):.1f} x', f'{sum(during):.0f}'])} |"
+
+
+def _unheard(event: object) -> None:
+    del event
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -241,14 +293,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pace", type=float, default=0.7, help="herd's promise")
     parser.add_argument("--most", type=int, default=50_000, help="tokens of a chat")
+    parser.add_argument("--cpu-time", action="store_true", help="herd's engine alone, in this process, by the processor's time")
     parser.add_argument("--save", action="store_true", help="write the table under bench/results/")
     arguments = parser.parse_args()
     show_logs()
+    torch.set_num_threads(1)
     num_slots, room = arguments.chats + 2, max(arguments.tokens, arguments.most) + 1024
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_random(MODEL, folder / "mix", heads=range(32, 120), files=tokenizer_files())
+        if arguments.cpu_time:
+            print(
+                "| | step alone, ms, before | meanwhile | all steps meanwhile | share kept | median, ms | longest | longest alone | prompt, s |"
+            )
+            print(f"|---|---|---|---|---|---|---|---|---|\n{in_process(folder, arguments)}")
+            return
         herd = [sys.executable, "-m", "herd.cli.main", "serve", str(folder / "mix"), "--max-sequences", str(num_slots)]
         herd += ["--kv", "bf16", "--draft-tokens", "0", "--threads", str(arguments.threads), "--pace", str(arguments.pace)]
         sides = [Side("herd", herd, "/v1/chat/completions", is_herd=True)]
