@@ -15,6 +15,7 @@ repeats itself, and guesses would be right too often. The client shares the two 
 import argparse
 import asyncio
 import datetime
+import os
 import platform
 import random
 import statistics
@@ -65,10 +66,11 @@ class Point:
     gap_s: tuple[float, float, float]
     tokens_s: float  # reply tokens per second, from the first arrival to the last end
     cpu_s: float  # of the server, per second
+    others_s: float  # of all that is neither server nor client, per second
 
     def row(self) -> str:
         numbers = [f"{value * 1e3:,.0f}" for value in (*self.first_s, *self.gap_s)]
-        return f"| {self.server} | {self.rate:.2f} | {self.tokens_s:.0f} | {' | '.join(numbers)} | {self.cpu_s:.2f} |"
+        return f"| {self.server} | {self.rate:.2f} | {self.tokens_s:.0f} | {' | '.join(numbers)} | {self.cpu_s:.2f} | {self.others_s:.2f} |"
 
 
 def requests(count: int, seed: int, again: int = 0) -> list[Request]:
@@ -102,18 +104,28 @@ def body(request: Request) -> dict[str, Any]:
 
 
 def measure(server: Server, asked: list[Request], rate: float) -> tuple[Point, list[Reply]]:
-    cpu_s, start = server.cpu_s(), time.perf_counter()
+    before, start = (server.cpu_s(), time.process_time(), machine_cpu_s()), time.perf_counter()
     replies = asyncio.run(load(server, asked, rate))
     seconds = time.perf_counter() - start
+    after = server.cpu_s(), time.process_time(), machine_cpu_s()
+    cpu_s, client_s, all_s = (b - a for a, b in zip(before, after, strict=True))
     for request, reply in zip(asked, replies, strict=True):
         assert reply.usage["completion_tokens"] == request.reply_tokens, "every reply has the length that was asked for"
     begin = min(reply.sent_s for reply in replies)
     end = max(reply.pieces_s[-1] for reply in replies)
     total = sum(request.reply_tokens for request in asked)
     firsts, gaps = [reply.first_s for reply in replies], list(chain.from_iterable(reply.gaps_s for reply in replies))
-    point = Point(server.name, rate, ranks(firsts), ranks(gaps), total / (end - begin), (server.cpu_s() - cpu_s) / seconds)
+    point = Point(
+        server.name, rate, ranks(firsts), ranks(gaps), total / (end - begin), cpu_s / seconds, (all_s - cpu_s - client_s) / seconds
+    )
     log.info("%s", point.row())
     return point, replies
+
+
+def machine_cpu_s() -> float:
+    """CPU seconds that all processes of the machine have used since it started."""
+    words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    return (sum(map(int, words[1:8])) - int(words[4]) - int(words[5])) / os.sysconf("SC_CLK_TCK")  # neither idle nor waiting for a disk
 
 
 def ranks(values: list[float]) -> tuple[float, float, float]:
@@ -214,7 +226,8 @@ def about(arguments: argparse.Namespace, prompts: list[int], version: str) -> li
         f"as they are by default. herd: `--max-sequences={SLOTS} {arguments.herd_options}`.",
         f"{arguments.requests} requests a rate, Poisson arrivals; prompts of {spread(lengths)} tokens, system message included (least, "
         f"median, most; {sum(lengths):,} in all), replies of {spread(replies)} ({sum(replies):,}); greedy, ignore_eos; both sides in turn.",
-        "First tokens and gaps (between two pieces of text) in ms, as the client sees them. CPU: seconds of the server per second.",
+        "First tokens and gaps (between two pieces of text) in ms, as the client sees them. CPU: seconds of the server, and of all that is neither "
+        "server nor client, per second.",
         "",
     ]
 
@@ -224,8 +237,8 @@ def spread(values: list[int]) -> str:
 
 
 def table(points: list[Point]) -> list[str]:
-    head = "| | requests/s | tok/s | first p50 | p95 | p99 | gap p50 | p95 | p99 | CPU |"
-    return [head, "|---|---|---|---|---|---|---|---|---|---|", *(p.row() for p in sorted(points, key=lambda p: (p.rate, p.server)))]
+    head = "| | requests/s | tok/s | first p50 | p95 | p99 | gap p50 | p95 | p99 | CPU | others' |"
+    return [head, "|---|---|---|---|---|---|---|---|---|---|---|", *(p.row() for p in sorted(points, key=lambda p: (p.rate, p.server)))]
 
 
 def found(points: list[Point], searches: dict[str, Search], bound: float) -> list[str]:
