@@ -138,7 +138,7 @@ function parts(text, images) {
 }
 
 export function titleOf(text) {
-  const line = text.trim().split("\n")[0].replace(/\s+/g, " ");
+  const line = text.trim().split("\n")[0].replace(/[*`#]+/g, "").replace(/\s+/g, " ").trim();
   return line.length > 60 ? `${line.slice(0, 57).trimEnd()}…` : line || "An image";
 }
 

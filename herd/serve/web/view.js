@@ -111,7 +111,7 @@ function reply(conversation, node, { isColumn, lane }) {
 }
 
 function body(node) {
-  if (!bodies.has(node.id)) bodies.set(node.id, el("div", { className: "text" }));
+  if (!bodies.has(node.id)) bodies.set(node.id, el("div", { className: "prose" }));
   const element = bodies.get(node.id);
   show(element, node.text, document);
   return element;
