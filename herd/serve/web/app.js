@@ -178,10 +178,10 @@ function rename(conversation, item) {
   field.select();
 }
 
-async function remove(conversation) {
+function remove(conversation) {
   chat.stop(Object.values(conversation.nodes));
   state.conversations = state.conversations.filter((other) => other !== conversation);
-  await database?.remove(conversation.id);
+  database?.remove(conversation.id);
   if (conversation === state.current) openNew();
   else showList();
   view.toast(`Deleted “${conversation.title}”.`, "Undo", () => {
