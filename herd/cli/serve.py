@@ -14,7 +14,7 @@ from herd.errors import UsageError
 from herd.serve.config import ServeConfig
 
 GREETING = """
-herd serves {names} at {url}/v1
+herd serves {names} at {url}/v1, with a page to chat at {url}
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "{first}",
     "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'

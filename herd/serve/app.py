@@ -28,6 +28,7 @@ from herd.serve.api import add_openai_routes
 from herd.serve.config import ServeConfig
 from herd.serve.connection import Door
 from herd.serve.errors import RequestError, error_reply, shown
+from herd.serve.page import add_page
 
 
 def make_app(
@@ -37,7 +38,7 @@ def make_app(
     is_healthy: Callable[[], bool] = lambda: True,
     states: Callable[[], Mapping[str, str]] = dict,
 ) -> FastAPI:
-    """OpenAI's API over a backend.
+    """OpenAI's API over a backend, and the chat page.
 
     is_healthy: whether the backend still answers; when it says no, so does /health, and a supervisor may start the server anew.
     states: of models that come and go, by name, which /health tells too.
@@ -47,6 +48,7 @@ def make_app(
     app.add_exception_handler(HerdError, _herd_error)
     app.add_exception_handler(HTTPException, _http_error)
     add_openai_routes(app, backend, config)
+    add_page(app)
 
     @app.get("/health")
     async def health() -> JSONResponse:

@@ -47,7 +47,7 @@ def test_health(serve):
         ("POST", "/v1/chat/completion", 404, "there is no /v1/chat/completion. Hint: did you mean '/v1/chat/completions'?"),
         ("POST", "/chat/completions", 404, "did you mean '/v1/chat/completions'?"),
         ("GET", "/health/", 404, "did you mean '/health'?"),
-        ("GET", "/", 404, "there are: "),
+        ("GET", "/zzzz", 404, "there are: "),
         ("GET", "/docs", 404, "there is no /docs"),
         ("GET", "/v1/chat/completions", 405, "/v1/chat/completions does not take GET. Hint: it takes POST"),
     ],
