@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from herd.errors import ResourceError
 from herd.log import log
 from herd.serve.errors import RequestError, error_reply, shown
-from herd.serve.schema import usage_error
+from herd.serve.wire import usage_error
 
 T = TypeVar("T")
 Form = TypeVar("Form", bound=BaseModel)
