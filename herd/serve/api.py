@@ -15,14 +15,15 @@ from herd.chat import Backend
 from herd.errors import ModelNotFound, nearest
 from herd.serve.choices import Told, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import read_body, while_connected
+from herd.serve.connection import caller, read_body, while_connected
+from herd.serve.metrics import Metrics
 from herd.serve.replies import chunks, completion
 from herd.serve.request import chat_request, nth
 from herd.serve.schema import ChatBody
 from herd.serve.sse import EventStream
 
 
-def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig) -> None:
+def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metrics: Metrics) -> None:
     """Models and chat completions, under /v1."""
     created = int(time.time())
 
@@ -42,9 +43,9 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig) -> No
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, config.max_body_bytes)
         check_model(backend, body.model)
-        asked = chat_request(body)
+        asked = chat_request(body, caller(request))
         count = body.n or 1
-        told = Told()
+        told = Told(body.model, metrics)
         # the first reads the prompt, and the others take over what it has computed
         streams = [backend.chat(replace(asked, sampling=nth(asked.sampling, place))) for place in range(count)]
         replies = told.read(side_by_side(streams))

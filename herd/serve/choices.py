@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 from herd.chat import ChatEvent, Done, Drawn, Fold
+from herd.serve.metrics import Metrics
 
 Replies = AsyncGenerator[tuple[int, ChatEvent], None]  # events of several replies, each with the place of its own
 FLOOR = -9999.0  # what stands for a probability of 0, since JSON has no -inf; as OpenAI's
@@ -54,44 +55,37 @@ async def _forward(
 class Told:
     """What a request cost, read off the events of its replies."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self, model: str, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._model, self._metrics, self._clock = model, metrics, clock
         self._started = clock()
-        self._first: float | None = None  # when the first event came
+        self._first: dict[int, float] = {}  # when the first event of each reply came
         self.ends: list[Done] = []
 
     async def read(self, replies: Replies) -> Replies:
         """Pass events on and take note of them."""
         async with aclosing(replies) as events:
             async for place, event in events:
-                if self._first is None:
-                    self._first = self._clock()
+                first = self._first.get(place) or self._first.setdefault(place, self._clock())
                 if isinstance(event, Done):
                     self.ends.append(event)
+                    self._metrics.ended(self._model, event.usage, first - self._started, self._clock() - first)
                 yield place, event
-
-    @property
-    def first_s(self) -> float | None:
-        """Seconds until something of a reply was there."""
-        return None if self._first is None else self._first - self._started
 
     def usage(self, num_prompts: int = 1) -> dict[str, Any]:
         """OpenAI's usage object. Replies to one prompt share it, so it counts once; cached is what was so for all of them."""
         num_each = len(self.ends) // num_prompts
         prompt = sum(end.usage.prompt_tokens for end in self.ends) // num_each
         completion = sum(end.usage.completion_tokens for end in self.ends)
-        cached = min(end.usage.cached_tokens for end in self.ends) if num_prompts == 1 else self._cached() // num_each
-        details = {"prompt_tokens_details": {"cached_tokens": cached}} if cached else {}
+        cached = [end.usage.cached_tokens for end in self.ends]
+        num_cached = min(cached) if num_prompts == 1 else sum(cached) // num_each
+        details = {"prompt_tokens_details": {"cached_tokens": num_cached}} if num_cached else {}
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, **details}
 
-    def _cached(self) -> int:
-        return sum(end.usage.cached_tokens for end in self.ends)
-
-    def timings(self) -> dict[str, Any]:
+    def timings(self, num_prompts: int = 1) -> dict[str, Any]:
         """What it took, by the server's clock, in llama.cpp's words. The prompt's share ends when something of a reply is there."""
         now = self._clock()
-        first = now if self._first is None else self._first
-        usage = self.usage()
+        first = min(self._first.values(), default=now)
+        usage = self.usage(num_prompts)
         prompt, reply = (first - self._started) * 1e3, (now - first) * 1e3
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         num_prompt, num_reply = usage["prompt_tokens"] - cached, usage["completion_tokens"]

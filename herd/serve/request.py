@@ -1,13 +1,13 @@
 """From a checked body to a request in herd's own words."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from herd.chat import ChatRequest, Format, Image, Message, Role, Sampling, Tool, ToolCall, ToolChoice
 from herd.errors import PromptError, UsageError
-from herd.serve.schema import ChatBody, ChatMessage, Choice, ResponseFormat, Sampled, StructuredOutputs
+from herd.serve.schema import ChatBody, ChatMessage, Choice, FunctionTool, ResponseFormat, Sampled, StructuredOutputs
 from herd.text.images import from_data_uri
 
 SEEDS = 1 << 64
@@ -20,23 +20,28 @@ def chat_request(body: ChatBody, caller: tuple[str, ...] = ()) -> ChatRequest:
     """
     return ChatRequest(
         model=body.model,
-        messages=tuple(_message(message, f"messages.{i}") for i, message in enumerate(body.messages)),
+        messages=messages(body.messages),
         sampling=sampling(
             body,
             max_tokens=body.max_completion_tokens or body.max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         ),
         cache_salt=cache_salt(body, caller),
-        tools=tuple(
-            Tool(
-                name=tool.function.name,
-                description=tool.function.description or "",
-                parameters=tool.function.parameters or {},
-                strict=bool(tool.function.strict),
-            )
-            for tool in body.tools or ()
-        ),
+        tools=tools(body.tools),
         tool_choice=_tool_choice(body.tool_choice, parallel=body.parallel_tool_calls is not False),
+    )
+
+
+def messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
+    """A conversation. Raises `PromptError` on an image that cannot be read."""
+    return tuple(_message(message, f"messages.{i}") for i, message in enumerate(wire))
+
+
+def tools(wire: Sequence[FunctionTool] | None) -> tuple[Tool, ...]:
+    """What may be called. Raises `UsageError` on a name that cannot be."""
+    return tuple(
+        Tool(name=f.name, description=f.description or "", parameters=f.parameters or {}, strict=bool(f.strict))
+        for f in (tool.function for tool in wire or ())
     )
 
 
