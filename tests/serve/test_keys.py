@@ -75,7 +75,7 @@ def test_who_is_let_in(serve, tmp_path: Path):
         bearer("hk-wrong"),
         {"authorization": "Bearer"},
         bearer(ann[:-1]),
-        bearer(hashed),
+        bearer(file.read()[0].sha256),
         {"authorization": ann},
     ):
         reply = served.http.post("/v1/chat/completions", content=b"not even JSON", headers=headers)
