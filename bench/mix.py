@@ -189,7 +189,7 @@ def gaps(seen: Seen, span: tuple[float, float]) -> list[float]:
 def in_process(folder: Path, arguments: argparse.Namespace) -> str:
     """The same with an engine and no server, by the time that the processor spent on each step.
 
-    What a step takes alone is that of the steps without a prompt: contexts grow meanwhile, and where local layers begin a chunk they shrink.
+    What a step takes alone is that of the steps without a prompt: contexts grow meanwhile, and shrink where local layers begin a chunk.
     """
     choices = EngineConfig(threads=1, draft_tokens=0, kv="bf16", prefix_cache=False, pace=arguments.pace)
     engine, clock, numbers = open_engine(folder / "mix", config=choices, device="cpu"), time.process_time, random.Random(0)
@@ -305,7 +305,8 @@ def main() -> None:
         write_random(MODEL, folder / "mix", heads=range(32, 120), files=tokenizer_files())
         if arguments.cpu_time:
             print(
-                "| | step alone, ms, before | meanwhile | all steps meanwhile | share kept | median, ms | longest | longest alone | prompt, s |"
+                "| | step alone, ms, before | meanwhile | all steps meanwhile "
+                "| share kept | median, ms | longest | longest alone | prompt, s |"
             )
             print(f"|---|---|---|---|---|---|---|---|---|\n{in_process(folder, arguments)}")
             return

@@ -7,7 +7,7 @@ provider) is a `Backend`, which lists its models and has that one call. A reply 
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from herd.errors import UsageError, nearest
 
@@ -181,6 +181,26 @@ class ChatRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextRequest:
+    """One request to continue a text, without a conversation around it."""
+
+    model: str  # a name that the backend serves
+    prompt: str | tuple[int, ...]  # a text, or tokens, which are taken as they are
+    begin: bool = True  # put a begin-of-text token before a text, where the model has one
+    sampling: Sampling = field(default_factory=Sampling)
+    cache_salt: tuple[str, ...] = ()  # as of a `ChatRequest`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenized:
+    """A prompt as the model reads it."""
+
+    tokens: tuple[int, ...]
+    pieces: tuple[bytes, ...]  # what each stands for, maybe a part of a character; of a special token its name
+    context_tokens: int  # room, prompt and reply together
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
     """What a reply cost, in tokens."""
 
@@ -295,4 +315,21 @@ class Backend(Protocol):
 
     def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """Stream one reply. Closing the generator cancels the request and frees what it held. Raises `HerdError`."""
+        ...
+
+
+@runtime_checkable
+class TextBackend(Backend, Protocol):
+    """A backend that continues texts too, and shows its tokens. Raises as `Backend` does."""
+
+    def complete(self, request: TextRequest) -> AsyncGenerator[ChatEvent, None]:
+        """Stream one continuation, as `chat` streams a reply."""
+        ...
+
+    async def tokenize(self, request: ChatRequest | TextRequest) -> Tokenized:
+        """The request's prompt."""
+        ...
+
+    async def detokenize(self, model: str, tokens: tuple[int, ...]) -> str:
+        """The text of tokens, special ones by name."""
         ...

@@ -27,6 +27,7 @@ CONFINED = {
     "starlette": ["serve/*"],
     "uvicorn": ["serve/*"],
     "pydantic": ["serve/*"],
+    "prometheus_client": ["serve/*"],
     "PIL": ["text/images.py"],
     "llguidance": ["text/grammar.py", "engine/grammar.py"],
 }

@@ -13,6 +13,7 @@ VERBS = {
     "chat": "talk in the terminal, images with @file",
     "generate": "continue a text, to stdout",
     "serve": "OpenAI API on 127.0.0.1:8000",
+    "keys": "make, list and revoke API keys of the server",
     "bench": "tokens per second, and the share of what the machine can do",
     "inspect": "layers, parameters, memory at each context, will it fit here",
     "convert": "from any checkpoint to herd, Hugging Face, Meta or GGUF",

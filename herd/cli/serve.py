@@ -1,12 +1,14 @@
 """Serve models over OpenAI's API. Only this machine can reach it unless --host says otherwise."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from herd.cli.keys import default_file
 from herd.engine.config import EngineConfig
 from herd.engine.local import Local, load, short_name
 from herd.engine.trace import TraceFile
@@ -47,10 +49,11 @@ def run(options: Options) -> int:
     except ModuleNotFoundError as error:
         raise UsageError(f"the server needs {error.name}, which is not installed", "pip install 'herd-llm[serve]'") from error
 
+    config = _with_keys(options.serve)
     served = [short_name(name) for name in options.models]
     if len(set(served)) < len(served):
         raise UsageError(f"two models would be served under one name: {', '.join(served)}", "rename a folder")
-    listener = bind(options.serve)  # before the models: a taken port should cost a moment
+    listener = bind(config)  # before the models: a taken port should cost a moment
     trace = TraceFile(options.trace) if options.trace else None
     loaded = partial(load, config=options.engine, idle_s=options.idle_s, lazy=options.lazy, trace=trace)
     backend = Local([loaded(name) for name in options.models])
@@ -59,7 +62,23 @@ def run(options: Options) -> int:
 
     def ready(url: str) -> None:
         print(GREETING.format(names=", ".join(names), first=names[0], url=url), flush=True)
+        if config.api_key or config.keys_file:
+            where = f"; `herd keys` in {config.keys_file}" if config.keys_file else ""
+            print(
+                f"It asks for an API key: put yours in place of \"none\", and give curl -H 'Authorization: Bearer KEY'{where}.", flush=True
+            )
 
     states = backend.states if comes_and_goes else dict[str, str]
-    run_server(make_app(backend, options.serve, is_healthy=backend.is_healthy, states=states), listener, options.serve, ready)
+    app = make_app(backend, config, is_healthy=backend.is_healthy, states=states, stats=backend.stats)
+    run_server(app, listener, config, ready)
     return 0
+
+
+def _with_keys(config: ServeConfig) -> ServeConfig:
+    """The config with the keys of the environment and of herd's folder. Raises `UsageError` for a file that was named and is not there."""
+    file = config.keys_file
+    if file is not None and not file.exists():
+        raise UsageError(f"there is no file of keys {file}", f"herd keys make NAME --keys-file {file}", param="keys_file")
+    if file is None and default_file().exists():
+        file = default_file()
+    return replace(config, api_key=config.api_key or os.environ.get("HERD_API_KEY", ""), keys_file=file)

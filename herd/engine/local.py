@@ -3,11 +3,10 @@
 import asyncio
 import json
 import weakref
-from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as ListLike
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +22,15 @@ from herd.chat import (
     Image,
     Message,
     Sampling,
+    TextRequest,
+    Tokenized,
     Tool,
     ToolChoice,
 )
 from herd.checkpoint.identity import weights_identity
 from herd.checkpoint.load import load_model, open_model
 from herd.checkpoint.source import Source
+from herd.engine.border import Border
 from herd.engine.config import EngineConfig
 from herd.engine.disk import DiskStore, fingerprint
 from herd.engine.engine import Engine
@@ -36,7 +38,7 @@ from herd.engine.memory import hand_back
 from herd.engine.pages import kept_dtype
 from herd.engine.reply import Reply
 from herd.engine.resident import Resident, State, Stay
-from herd.engine.sequence import Sequence
+from herd.engine.sequence import Emit, Sequence
 from herd.engine.stats import Stats
 from herd.engine.thread import EngineThread
 from herd.engine.trace import TraceFile
@@ -50,7 +52,7 @@ from herd.ops.native import kernels
 from herd.text.callers import read_choice, read_message, read_tool
 from herd.text.images import Tiles, Tiling, open_image, read_image, tile
 from herd.text.prompt import Prompt, render
-from herd.text.tokenizer import Tokenizer, tokenizer_of
+from herd.text.tokenizer import Tokenizer, decode, tokenizer_of
 
 
 class Model:
@@ -147,15 +149,19 @@ class Model:
         fields: those of `herd.chat.Sampling`, in place of a whole one: `generate("...", temperature=0, max_tokens=32)`.
         """
         with self._resident.stay():
+            return Reply(self._resident.stay(), self.plain_prompt(prompt), _sampling(sampling, fields))
+
+    def plain_prompt(self, prompt: str | ListLike[int], *, begin: bool = True) -> Prompt:
+        """A text or tokens as a prompt. begin: put a begin-of-text token before a text, where the model has one."""
+        with self._resident.stay():
             if isinstance(prompt, str):
                 self._check_length(len(prompt), "prompt")
-                start = [] if self.config.bos_id is None else [self.config.bos_id]
+                start = [self.config.bos_id] if begin and self.config.bos_id is not None else []
                 prompt = start + self.tokenizer.encode(prompt)
             tokens = list(prompt)
             if not all(isinstance(token, int) for token in tokens):
                 raise PromptError("a prompt of tokens holds something that is no int", "give a text, or a list of token ids")
-            plain = Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=())
-            return Reply(self._resident.stay(), plain, _sampling(sampling, fields))
+            return Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=())
 
     def chat(
         self,
@@ -233,38 +239,12 @@ def _sampling(whole: Sampling | None, values: dict[str, Any]) -> Sampling:
     return replace(whole or Sampling(), **values)
 
 
-class _Border:
-    """Between the threads of engines and an event loop: events wait here until the step that made them is over.
-
-    To wake a loop is a system call, at which an engine's thread loses the interpreter's lock; once a step is enough, whatever its events.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = weakref.ref(loop)
-        self._waiting: deque[tuple[asyncio.Queue[ChatEvent | HerdError], ChatEvent | HerdError]] = deque()
-
-    def post(self, reader: asyncio.Queue[ChatEvent | HerdError], event: ChatEvent | HerdError) -> None:
-        self._waiting.append((reader, event))
-
-    def flush(self) -> None:
-        """Let the loop hand out what waits. From any thread."""
-        loop = self._loop()
-        with suppress(RuntimeError):  # the loop has closed: nobody reads any more, and that must not stop the engine
-            if loop is not None:
-                loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        while self._waiting:
-            reader, event = self._waiting.popleft()
-            reader.put_nowait(event)
-
-
 class Local:
     """The `Backend` of models that run in this process."""
 
     def __init__(self, models: ListLike[Model]) -> None:
         self._models = {model.name: model for model in models}
-        self._borders: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Border] = weakref.WeakKeyDictionary()
+        self._borders: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Border] = weakref.WeakKeyDictionary()
         # images are cut one request at a time: a small file can be a hundred megapixels, and texts should not wait behind them
         self._cutting = ThreadPoolExecutor(1, thread_name_prefix="herd-images")
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="herd-load")  # one model at a time; who waits holds no other thread
@@ -282,49 +262,99 @@ class Local:
         """Whether no engine has died. A model that is not loaded is healthy: the first request for it loads it."""
         return all(model.failure is None for model in self._models.values())
 
+    def stats(self) -> dict[str, Stats | None]:
+        """What the engines hold and have done, None for those that are not in memory."""
+        return {name: model.stats() for name, model in self._models.items()}
+
     async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """Stream one reply, after its model has been loaded where it is not; closing the generator frees its sequence."""
-        model = self._models.get(request.model)
-        if model is None:
-            hint = nearest(request.model, self._models) or f"loaded: {', '.join(self._models)}"
-            raise ModelNotFound(f"no model is called {request.model!r} here", hint, param="model")
+        model, tools, choice = self._model(request.model), request.tools, request.tool_choice
+
+        def made(engine: Engine, emit: Emit) -> Sequence:
+            prompt = model.prompt(request)
+            return engine.sequence(prompt, request.sampling, emit, _salt(request.cache_salt), tools=tools, tool_choice=choice)
+
+        has_images = any(isinstance(part, Image) for message in request.messages for part in message.content)
+        async with aclosing(self._replied(model, made, has_images=has_images)) as events:
+            async for event in events:
+                yield event
+
+    async def complete(self, request: TextRequest) -> AsyncGenerator[ChatEvent, None]:
+        """Stream one continuation of a text, as `chat` does."""
+        model = self._model(request.model)
+
+        def made(engine: Engine, emit: Emit) -> Sequence:
+            prompt = model.plain_prompt(request.prompt, begin=request.begin)
+            return engine.sequence(prompt, request.sampling, emit, _salt(request.cache_salt))
+
+        async with aclosing(self._replied(model, made)) as events:
+            async for event in events:
+                yield event
+
+    async def tokenize(self, request: ChatRequest | TextRequest) -> Tokenized:
+        """A request's prompt, as its model reads it."""
+        model = self._model(request.model)
         with await self._stay(model) as stay:
-            async with aclosing(self._reply(model, stay.thread, request)) as events:
-                async for event in events:
-                    yield event
+
+            def made() -> Prompt:
+                return (
+                    model.prompt(request) if isinstance(request, ChatRequest) else model.plain_prompt(request.prompt, begin=request.begin)
+                )
+
+            prompt = await asyncio.wrap_future(self._cutting.submit(made))
+            names = {token: name.encode() for name, token in model.tokenizer.specials.items()}
+            pieces = tuple(names.get(token) or model.tokenizer.token_bytes(token) for token in prompt.tokens)
+            return Tokenized(tokens=tuple(prompt.tokens), pieces=pieces, context_tokens=stay.thread.engine.context_tokens)
+
+    async def detokenize(self, model: str, tokens: tuple[int, ...]) -> str:
+        """The text of tokens, special ones by name. Raises `PromptError` for one that is not in the vocabulary."""
+        found = self._model(model)
+        with await self._stay(found):
+            wrong = next((token for token in tokens if not 0 <= token < found.config.vocab_size), None)
+            if wrong is not None:
+                raise PromptError(f"token {wrong} is not in the vocabulary of {found.config.vocab_size:,}", param="tokens")
+            return decode(found.tokenizer, tokens, specials=True)
+
+    def _model(self, name: str) -> Model:
+        model = self._models.get(name)
+        if model is None:
+            hint = nearest(name, self._models) or f"loaded: {', '.join(self._models)}"
+            raise ModelNotFound(f"no model is called {name!r} here", hint, param="model")
+        return model
 
     async def _stay(self, model: Model) -> Stay:
         while (stay := model.stay_if_loaded()) is None:
             await asyncio.get_running_loop().run_in_executor(self._loading, model.load)
         return stay
 
-    async def _reply(self, model: Model, thread: EngineThread, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
-        loop = asyncio.get_running_loop()
-        border = self._borders.setdefault(loop, _Border(loop))
-        events: asyncio.Queue[ChatEvent | HerdError] = asyncio.Queue()
+    async def _replied(
+        self, model: Model, made: Callable[[Engine, Emit], Sequence], *, has_images: bool = False
+    ) -> AsyncGenerator[ChatEvent, None]:
+        with await self._stay(model) as stay:
+            loop = asyncio.get_running_loop()
+            border = self._borders.setdefault(loop, Border(loop))
+            events: asyncio.Queue[ChatEvent | HerdError] = asyncio.Queue()
+            thread, emit = stay.thread, partial(border.post, events)
+            if has_images:
+                sequence = await asyncio.wrap_future(self._cutting.submit(made, thread.engine, emit))
+            else:
+                sequence = await asyncio.to_thread(made, thread.engine, emit)  # rendering and compiling a grammar take their time
+            sequence.flush = border.flush
+            thread.submit(sequence)
+            try:
+                while True:
+                    event = await events.get()
+                    if isinstance(event, HerdError):
+                        raise event
+                    yield event
+                    if isinstance(event, Done):
+                        return
+            finally:
+                thread.cancel(sequence)
 
-        def made() -> Sequence:
-            salt = json.dumps(request.cache_salt).encode() if request.cache_salt else b""
-            emit = partial(border.post, events)
-            tools, choice = request.tools, request.tool_choice
-            return thread.engine.sequence(model.prompt(request), request.sampling, emit, salt, tools=tools, tool_choice=choice)
 
-        if any(isinstance(part, Image) for message in request.messages for part in message.content):
-            sequence = await asyncio.wrap_future(self._cutting.submit(made))
-        else:
-            sequence = await asyncio.to_thread(made)  # rendering a long talk and compiling a grammar take their time
-        sequence.flush = border.flush
-        thread.submit(sequence)
-        try:
-            while True:
-                event = await events.get()
-                if isinstance(event, HerdError):
-                    raise event
-                yield event
-                if isinstance(event, Done):
-                    return
-        finally:
-            thread.cancel(sequence)
+def _salt(words: tuple[str, ...]) -> bytes:
+    return json.dumps(words).encode() if words else b""
 
 
 def load(

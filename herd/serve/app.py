@@ -13,22 +13,33 @@ import signal
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
-from herd.chat import Backend
+from herd.chat import Backend, TextBackend
 from herd.errors import HerdError, ResourceError, nearest
 from herd.serve.api import add_openai_routes
+from herd.serve.completions import add_completions
 from herd.serve.config import ServeConfig
 from herd.serve.connection import Door
 from herd.serve.errors import RequestError, error_reply, shown
+from herd.serve.keys import Guard, KeyFile, KeyRefused
+from herd.serve.metrics import Metrics
 from herd.serve.page import add_page
+from herd.serve.tokens import add_tokens
+
+if TYPE_CHECKING:
+    from herd.engine.stats import Stats
+
+
+OPEN = frozenset({"/", "/web/{name}", "/health", "/ready"})  # routes that ask for no key: the page asks its reader
 
 
 def make_app(
@@ -37,18 +48,38 @@ def make_app(
     *,
     is_healthy: Callable[[], bool] = lambda: True,
     states: Callable[[], Mapping[str, str]] = dict,
+    stats: "Callable[[], Mapping[str, Stats | None]]" = dict,
 ) -> FastAPI:
     """OpenAI's API over a backend, and the chat page.
 
     is_healthy: whether the backend still answers; when it says no, so does /health, and a supervisor may start the server anew.
     states: of models that come and go, by name, which /health tells too.
+    stats: of the engines, by model, for /metrics.
     """
-    app = FastAPI(title="herd", openapi_url=None, redirect_slashes=False)
-    app.add_middleware(Door)
+    metrics = Metrics(stats)
+    guard = Guard(config.api_key, KeyFile(config.keys_file) if config.keys_file else None)
+
+    async def admit(request: Request) -> None:
+        """Of every route but the open ones."""
+        if request.scope["route"].path not in OPEN:
+            headers = request.headers
+            request.state.caller = guard.admit(headers.get("authorization", ""), headers.get("x-api-key", ""))
+
+    app = FastAPI(title="herd", openapi_url=None, redirect_slashes=False, dependencies=[Depends(admit)])
+    app.add_middleware(Door, metrics=metrics)
     app.add_exception_handler(HerdError, _herd_error)
     app.add_exception_handler(HTTPException, _http_error)
-    add_openai_routes(app, backend, config)
+    add_openai_routes(app, backend, config, metrics)
+    if isinstance(backend, TextBackend):
+        add_completions(app, backend, config, metrics)
+        add_tokens(app, backend, config)
+    _add_probes(app, metrics, is_healthy, states)
     add_page(app)
+    return app
+
+
+def _add_probes(app: FastAPI, metrics: Metrics, is_healthy: Callable[[], bool], states: Callable[[], Mapping[str, str]]) -> None:
+    """What a supervisor, a load balancer and Prometheus ask."""
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -56,11 +87,21 @@ def make_app(
         told = {"status": "ok" if is_well else "failed"} | ({"models": models} if models else {})
         return JSONResponse(told, status_code=200 if is_well else 503)
 
-    return app
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        is_well = is_healthy()
+        return JSONResponse({"status": "ready" if is_well else "failed"}, status_code=200 if is_well else 503)
+
+    @app.get("/metrics")
+    async def tell() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _herd_error(request: Request, error: Exception) -> JSONResponse:
-    return error_reply(shown(error, request.state.request_id))
+    reply = error_reply(shown(error, request.state.request_id))
+    if isinstance(error, KeyRefused):
+        reply.headers["www-authenticate"] = "Bearer"
+    return reply
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,6 +1,7 @@
 """How a server is run. Apart from the rest, so that a command line reads it without loading a web framework."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from herd.errors import UsageError
 
@@ -9,7 +10,11 @@ from herd.errors import UsageError
 class ServeConfig:
     """The choices of one server."""
 
-    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in, and there is no password
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in; make keys first
+    api_key: str = field(
+        default="", repr=False
+    )  # that clients must send; HERD_API_KEY in the environment hides it from `ps`; herd keys makes more
+    keys_file: Path | None = None  # where `herd keys` keeps keys; none: keys.json in herd's folder, if it exists
     port: int = 8000  # TCP port; 0 takes any free one
     max_body_bytes: int = 64 << 20  # of one request; images travel inside it as base64
     ping_s: float = 15.0  # seconds of silence after which a stream gets a comment, so that no proxy hangs up

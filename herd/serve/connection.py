@@ -6,6 +6,7 @@ that others need. Streamed or not, every reply is computed inside `while_connect
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -18,7 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from herd.errors import ResourceError
 from herd.log import log
 from herd.serve.errors import RequestError, error_reply, shown
-from herd.serve.schema import usage_error
+from herd.serve.metrics import Metrics
+from herd.serve.wire import usage_error
 
 T = TypeVar("T")
 Form = TypeVar("Form", bound=BaseModel)
@@ -27,13 +29,13 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class Door:
-    """The outermost layer of the app: every reply carries an `x-request-id`, and every failure becomes a reply.
+    """The outermost layer of the app: every reply carries an `x-request-id` and is counted, and every failure becomes a reply.
 
     The client's own id is kept if it is short and plain, since it goes into the log. Routes find it at `request.state.request_id`.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,23 +44,34 @@ class Door:
         sent = dict(scope["headers"]).get(b"x-request-id", b"")
         request_id = sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex.encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
-        started = False
+        status, begun = "gone", time.perf_counter()
 
         async def signed(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = str(message["status"])
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
+        self.metrics.in_flight.inc()
         try:
             await self.app(scope, receive, signed)
         except ClientDisconnect:
+            status = "gone"
             log.info("request %s: the client went away", request_id.decode())
         except Exception as error:
-            if started:  # too late for words: let the HTTP server break off the connection
+            if status != "gone":  # too late for words: let the HTTP server break off the connection
                 raise
             await error_reply(shown(error, request_id.decode()))(scope, receive, signed)
+        finally:
+            self.metrics.in_flight.dec()
+            self.metrics.finished(scope, status, time.perf_counter() - begun)
+
+
+def caller(request: Request) -> tuple[str, ...]:
+    """Whose request it is, as words that keep callers' prefixes apart; none where the server asks for no key."""
+    found: tuple[str, ...] = getattr(request.state, "caller", ())
+    return found
 
 
 async def read_body(request: Request, form: type[Form], max_bytes: int) -> Form:

@@ -1,58 +1,20 @@
-"""The wire form of OpenAI's chat completions. It takes what herd honours and refuses the rest by name.
-
-Every field of a request that OpenAI documents is in exactly one of three groups, and an unknown one is an error that names the nearest:
-
-* honoured: the fields of these classes;
-* neutral: known, but herd cannot do it, so that only a value which asks for nothing is taken, and null always is;
-* ignored: without effect on the reply by OpenAI's own contract (bookkeeping, billing, caching), or, for `name` and `detail`, because
-  Llama 4's prompt format has no place for it.
+"""The wire form of OpenAI's chat completions. It takes what herd honours and refuses the rest by name (wire.py has the manners).
 
 An absent field and null mean the same: the default of `herd.chat.Sampling`, which for temperature and top_p is what the makers advise.
 What values may be is checked where they are used, in `Sampling`; here are only the limits of the wire form itself.
 
-Source: `openai.types.chat.completion_create_params` of openai 3.54.
+Source: `openai.types.chat.completion_create_params` of openai 3.54; for `structured_outputs` and `guided_*` vLLM's protocol.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
-from herd.errors import UsageError, nearest
+from herd.chat import MOST_TOP_LOGPROBS
+from herd.serve.wire import Wire, problem, shown_value
 
-
-def _problem(problem: str, hint: str, *, field: str = "", code: str = "") -> PydanticCustomError:
-    """An error in herd's own words about the value at hand, or about one field of it."""
-    return PydanticCustomError("herd", "{problem}", {"problem": problem, "hint": hint, "field": field, "code": code})
-
-
-class Wire(BaseModel):
-    """A JSON object from outside."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # field: the values that ask for nothing, beside null
-    ignored: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sort_fields(cls, data: Any) -> Any:
-        """Refuse what is unknown or not neutral; pass on what is honoured."""
-        if not isinstance(data, dict):
-            return data
-        for name, value in data.items():
-            if name in cls.neutral:
-                if value is not None and value not in cls.neutral[name]:
-                    allowed = " or ".join([_shown(v) for v in cls.neutral[name]] or ["null"])
-                    problem = f"is {_shown(value)}, which herd does not support; it takes only {allowed}"
-                    raise _problem(problem, f"leave {name} out", field=name, code="unsupported_parameter")
-            elif name not in cls.model_fields and name not in cls.ignored:
-                known = [*cls.model_fields, *cls.neutral, *cls.ignored]
-                hint = nearest(name, known) or f"there are: {', '.join(cls.model_fields)}"
-                raise _problem("is an unknown field", hint, field=name, code="unknown_parameter")
-        return {name: value for name, value in data.items() if name in cls.model_fields}
+MOST_CHOICES = 128  # replies to one prompt, OpenAI's limit
 
 
 class ImageUrl(Wire):
@@ -73,33 +35,65 @@ class Part(Wire):
     def _holds_its_type(self) -> Self:
         for field in ("text", "image_url"):
             if (getattr(self, field) is None) is (self.type == field):
-                problem = "is missing" if self.type == field else f"stands in a part of type {self.type!r}"
-                raise _problem(problem, f"a part of type {self.type!r} holds {self.type} alone", field=field)
+                text = "is missing" if self.type == field else f"stands in a part of type {self.type!r}"
+                raise problem(text, f"a part of type {self.type!r} holds {self.type} alone", field=field)
         return self
+
+
+class CalledFunction(Wire):
+    name: str
+    arguments: str
+
+    ignored = frozenset({"parsed_arguments"})  # what OpenAI's client adds to the calls that it has parsed
+
+
+class Call(Wire):
+    """A call in the history."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+    ignored = frozenset({"index"})  # of streamed calls, which clients put together and send back
 
 
 def _parts(content: Any) -> Any:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    if isinstance(content, list):
+    if isinstance(content, list) or content is None:
         return content
-    raise _problem(f"is {_shown(content)}; it must be a string or a list of parts", "give the text of the message")
+    raise problem(f"is {shown_value(content)}; it must be a string or a list of parts", "give the text of the message")
 
 
 class ChatMessage(Wire):
     """One turn. The neutral fields are those of OpenAI's own replies, which clients send back as they came."""
 
-    role: Literal["developer", "system", "user", "assistant"]  # developer is OpenAI's newer word for system
-    content: Annotated[list[Part], BeforeValidator(_parts), Field(min_length=1)]
+    role: Literal["developer", "system", "user", "assistant", "tool"]  # developer is OpenAI's newer word for system
+    content: Annotated[Annotated[list[Part], Field(min_length=1)] | None, BeforeValidator(_parts)] = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "annotations": ([],),
         "audio": (),
         "function_call": (),
         "refusal": (),
-        "tool_calls": ([],),
     }
-    ignored = frozenset({"name"})
+    ignored = frozenset({"name", "parsed"})  # parsed: what OpenAI's client adds to the replies that it has parsed
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise problem(f"stands in a message of role {self.role!r}", "only the assistant calls tools", field="tool_calls")
+        if (self.tool_call_id is not None) is not (self.role == "tool"):
+            text = "is missing" if self.role == "tool" else f"stands in a message of role {self.role!r}"
+            raise problem(text, "give it in messages of role 'tool', and only there", field="tool_call_id")
+        if self.content is None and not self.tool_calls:
+            text = "is null; it must be a string or a list of parts" if "content" in self.model_fields_set else "is missing"
+            raise problem(text, "give the text of the message", field="content")
+        if self.role == "tool" and any(part.type != "text" for part in self.content or ()):
+            raise problem("holds an image", "what a tool gives is text; put the image into a message of the user", field="content")
+        return self
 
 
 class StreamOptions(Wire):
@@ -108,48 +102,175 @@ class StreamOptions(Wire):
     ignored = frozenset({"include_obfuscation"})  # padding against eavesdroppers who count bytes
 
 
+class Function(Wire):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(Wire):
+    """A tool that a reply may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Wire):
+    name: str
+
+
+class NamedTool(Wire):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(Wire):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1)]
+
+
+class Choice(Wire):
+    """Which tools a reply may or must call. A word stands for itself: "auto" is {"type": "auto"}."""
+
+    type: Literal["auto", "none", "required", "function", "allowed_tools"]
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
+
+    @model_validator(mode="after")
+    def _holds_its_type(self) -> Self:
+        for field in ("function", "allowed_tools"):
+            if (getattr(self, field) is None) is (self.type == field):
+                text = "is missing" if self.type == field else f"stands in a choice of type {self.type!r}"
+                raise problem(text, f"a choice of type {field!r} holds {field}", field=field)
+        return self
+
+
+def _choice(choice: Any) -> Any:
+    words = ("auto", "none", "required")
+    if isinstance(choice, str):
+        if choice in words:
+            return {"type": choice}
+    elif choice is None or (isinstance(choice, dict) and choice.get("type") not in words):
+        return choice
+    hint = 'it must be "auto", "none", "required", {"type": "function", ...} or {"type": "allowed_tools", ...}'
+    raise problem(f"is {shown_value(choice)}", hint)
+
+
+class JsonSchema(Wire):
+    name: str
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    ignored = frozenset({"description"})
+
+
+class ResponseFormat(Wire):
+    """What the text of a reply must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _holds_its_type(self) -> Self:
+        if (self.json_schema is None) is (self.type == "json_schema"):
+            text = "is missing" if self.json_schema is None else f"stands in a format of type {self.type!r}"
+            raise problem(text, "a format of type 'json_schema' holds json_schema, others do not", field="json_schema")
+        return self
+
+
+class StructuredOutputs(Wire):
+    """vLLM's word for the same, with more kinds. One of them."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")  # a schema, or its text
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None  # GBNF or Lark
+    json_object: bool | None = None
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "disable_additional_properties": (False,),
+        "disable_any_whitespace": (True,),  # there never is any but one space after ":" and ","
+        "disable_fallback": (True, False),
+        "structural_tag": (),
+        "whitespace_pattern": (),
+    }
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        given = [name for name in self.honoured() if getattr(self, "json_" if name == "json" else name) not in (None, False)]
+        if len(given) != 1:
+            raise problem(f"holds {' and '.join(given) or 'nothing'}", f"give one of {', '.join(self.honoured())}")
+        return self
+
+
 def _strings(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class ChatBody(Wire):
-    """The body of POST /v1/chat/completions."""
+class Sampled(Wire):
+    """What requests for a reply have in common: how it is drawn and how it is sent."""
 
     model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None  # the older name of the same
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
-    seed: int | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: int | None = None  # reply i of n has seed + i
     stop: Annotated[Annotated[list[str], Field(max_length=4)] | None, BeforeValidator(_strings)] = None
-    prompt_cache_key: str | None = None  # OpenAI routes by it; here, only requests with the same key share computed prefixes
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    top_k: int | None = None  # this and the two below are herd's, vLLM's and others' extensions
+    prompt_cache_key: str | None = None  # OpenAI routes by it; here, only requests with the same key share computed prefixes
+    # what follows are extensions: herd's, vLLM's and others'
+    top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
     ignore_eos: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None  # these four are vLLM's older names
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_grammar: str | None = None
+    timings: bool | None = None  # tell what the prompt and the replies took, as llama.cpp does
 
+    formats: ClassVar[tuple[str, ...]] = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise problem("is given, but stream is not true", "set stream, or leave stream_options out", field="stream_options")
+        given = [name for name in self.formats if getattr(self, name) not in (None, ResponseFormat(type="text"))]
+        if len(given) > 1:
+            raise problem(f"is given, and {given[0]} too", "a reply has one format: give one of them", field=given[1])
+        return self
+
+
+class ChatBody(Sampled):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # the newer name of max_tokens
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Annotated[Choice | None, BeforeValidator(_choice)] = None
+    parallel_tool_calls: bool | None = None
+
+    formats = ("response_format", *Sampled.formats)
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "audio": (),
-        "frequency_penalty": (0,),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "logit_bias": ({},),
-        "logprobs": (False,),
         "modalities": (["text"],),
         "moderation": (),
-        "n": (1,),
-        "parallel_tool_calls": (True, False),  # without tools there are no calls
         "prediction": (),
-        "presence_penalty": (0,),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
-        "top_logprobs": (0,),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -161,34 +282,7 @@ class ChatBody(Wire):
     def _agrees(self) -> Self:
         old, new = self.max_tokens, self.max_completion_tokens
         if old and new and old != new:
-            raise _problem(f"is {old} and max_completion_tokens is {new}, but they mean the same", "give one of them", field="max_tokens")
-        if self.stream_options and not self.stream:
-            raise _problem("is given, but stream is not true", "set stream, or leave stream_options out", field="stream_options")
+            raise problem(f"is {old} and max_completion_tokens is {new}, but they mean the same", "give one of them", field="max_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise problem("is given, but logprobs is not true", "set logprobs, or leave top_logprobs out", field="top_logprobs")
         return self
-
-
-def usage_error(error: ValidationError) -> UsageError:
-    """The first thing that pydantic found wrong, as an error that names the field, the value and the limit."""
-    first = error.errors(include_url=False)[0]
-    context = first.get("ctx", {})
-    param = ".".join(str(step) for step in (*first["loc"], context.get("field")) if step not in (None, ""))
-    name = param or "the body"
-    match first["type"]:
-        case "herd":
-            found = UsageError(f"{name} {context['problem']}", context["hint"], param=param)
-            found.code = context["code"] or None
-            return found
-        case "json_invalid":
-            return UsageError(f"the body is not JSON: {context['error']}", "send one JSON object")
-        case "missing":
-            return UsageError(f"{name} is missing", f"give {name}", param=param)
-        case "model_type":
-            return UsageError(f"{name} is {_shown(first['input'])}; it must be a JSON object", param=param or None)
-    limit = first["msg"].replace("Input should", "it should").replace("List should", "the list should")
-    return UsageError(f"{name} is {_shown(first['input'])}; {limit}", param=param)
-
-
-def _shown(value: Any) -> str:
-    """A value as the client wrote it, cut to a line."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Server-sent events: the chunks of a streamed reply and the response that writes them.
+"""Server-sent events: the response that writes the lines of a streamed reply.
 
 A stream is `data: {...}` lines, each followed by an empty one, and `data: [DONE]`. The status line waits for the first of them, so that a
 prompt which is too long is a plain 400, but no longer than one ping: then the stream opens, and comments keep it open while a long prompt
@@ -15,7 +15,6 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from herd.chat import ChatEvent, Done, Text, Usage
 from herd.serve.connection import while_connected
 from herd.serve.errors import error_object, shown
 
@@ -26,44 +25,6 @@ DONE = b"data: [DONE]\n\n"
 def data(item: dict[str, Any]) -> bytes:
     """One event."""
     return f"data: {json.dumps(item, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage object."""
-    details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}} if usage.cached_tokens else {}
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        **details,
-    }
-
-
-async def chunks(events: AsyncGenerator[ChatEvent, None], reply: dict[str, Any], *, with_usage: bool) -> AsyncGenerator[bytes, None]:
-    """A reply as chunks: the role, the text piece by piece, why it ended, then usage if asked for, and [DONE]. Closes `events`.
-
-    reply: what all chunks share (id, created, model).
-    """
-    shared = {**reply, "object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
-
-    def chunk(delta: dict[str, str], reason: str | None = None) -> bytes:
-        return data({**shared, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]})
-
-    async with aclosing(events):
-        is_first = True
-        async for event in events:
-            if is_first:
-                yield chunk({"role": "assistant", "content": ""})
-                is_first = False
-            if isinstance(event, Text):
-                yield chunk({"content": event.text})
-            if isinstance(event, Done):
-                yield chunk({}, event.reason)
-                if with_usage:
-                    yield data({**shared, "choices": [], "usage": usage_object(event.usage)})
-                yield DONE
-                return
-    raise AssertionError("the backend's stream ended without Done")
 
 
 class EventStream(StreamingResponse):

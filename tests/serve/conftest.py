@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx2
 import pytest
@@ -34,12 +35,14 @@ def live(
     config: ServeConfig | None = None,
     is_healthy: Callable[[], bool] = lambda: True,
     states: Callable[[], Mapping[str, str]] = dict,
+    stats: Callable[[], Mapping[str, Any]] = dict,
 ) -> Iterator[Live]:
     config = config or ServeConfig(port=0, shutdown_s=1)
     listener = bind(config)
     urls: list[str] = []
     ready = threading.Event()
-    server = Server(make_app(backend, config, is_healthy=is_healthy, states=states), config, lambda url: (urls.append(url), ready.set()))
+    app = make_app(backend, config, is_healthy=is_healthy, states=states, stats=stats)
+    server = Server(app, config, lambda url: (urls.append(url), ready.set()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     assert ready.wait(10), "the server did not start"

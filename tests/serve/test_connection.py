@@ -1,14 +1,17 @@
 """One scope for every reply: what happens in it when the work ends, fails, or has nobody left to work for."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 
 import pytest
 from starlette.requests import ClientDisconnect
 
 from herd.errors import ResourceError
+from herd.serve.choices import Told, side_by_side
 from herd.serve.connection import while_connected
-from herd.serve.sse import EventStream, chunks
+from herd.serve.metrics import Metrics
+from herd.serve.replies import chunks
+from herd.serve.sse import EventStream
 from tests.serve.echo import Script, words
 
 REPLY = {"id": "chatcmpl-1", "created": 1, "model": "echo"}
@@ -83,18 +86,25 @@ def test_server_stops():
     alone(run())
 
 
-def test_client_goes_away_while_a_line_is_written():
+def lines(backends: list[Script], *, with_usage: bool) -> AsyncGenerator[bytes, None]:
+    told = Told("echo", Metrics(dict))
+    replies = told.read(side_by_side([backend.chat(None) for backend in backends]))
+    return chunks(replies, REPLY, told, count=len(backends), with_usage=with_usage, with_timings=False)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_client_goes_away_while_a_line_is_written(count: int):
     """The backend is not at work then, and is still closed, by the task that read from it."""
 
     async def run() -> None:
-        backend = Script([*words("one", "two")])
+        backends = [Script([*words(*["one"] * 50)]) for _ in range(count)]
 
         async def stuck(_: object) -> None:
             await asyncio.sleep(60)
 
         with pytest.raises(ClientDisconnect):
-            await EventStream(chunks(backend.chat(None), REPLY, with_usage=False), ping_s=15)({}, goes, stuck)
-        assert backend.closed.is_set()
+            await EventStream(lines(backends, with_usage=False), ping_s=15)({}, goes, stuck)
+        assert all(backend.closed.is_set() for backend in backends)
 
     alone(run())
 
@@ -106,7 +116,7 @@ def test_stream_leaves_nothing_behind():
         async def send(message: dict[str, object]) -> None:
             sent.append(message)
 
-        await EventStream(chunks(Script(words("one")).chat(None), REPLY, with_usage=True), ping_s=15)({}, stays, send)
+        await EventStream(lines([Script(words("one"))], with_usage=True), ping_s=15)({}, stays, send)
         assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * 6
         assert [message["more_body"] for message in sent[1:]] == [True] * 5 + [False]
 

@@ -8,12 +8,19 @@ from openai.types.chat.chat_completion_assistant_message_param import ChatComple
 from openai.types.chat.chat_completion_content_part_image_param import ChatCompletionContentPartImageParam, ImageURL
 from openai.types.chat.chat_completion_content_part_text_param import ChatCompletionContentPartTextParam
 from openai.types.chat.chat_completion_developer_message_param import ChatCompletionDeveloperMessageParam
+from openai.types.chat.chat_completion_function_tool_param import ChatCompletionFunctionToolParam
+from openai.types.chat.chat_completion_message_function_tool_call_param import ChatCompletionMessageFunctionToolCallParam, Function
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
 from openai.types.chat.chat_completion_system_message_param import ChatCompletionSystemMessageParam
+from openai.types.chat.chat_completion_tool_message_param import ChatCompletionToolMessageParam
 from openai.types.chat.chat_completion_user_message_param import ChatCompletionUserMessageParam
+from openai.types.shared_params import FunctionDefinition
+from openai.types.shared_params.response_format_json_schema import JSONSchema
 
-from herd.chat import Sampling
-from herd.serve.schema import ChatBody, ChatMessage, ImageUrl, Part, StreamOptions, Wire
+from herd.chat import Format, Sampling, Tool, ToolCall, ToolChoice
+from herd.serve import schema
+from herd.serve.schema import ChatBody, ChatMessage, ImageUrl, Part, StreamOptions
+from herd.serve.wire import Wire
 from tests.serve.conftest import Live
 from tests.serve.echo import Echo
 
@@ -30,6 +37,17 @@ SAMPLED = {
     "top_k": (40, {"top_k": 40}),
     "min_p": (0.1, {"min_p": 0.1}),
     "ignore_eos": (True, {"ignore_eos": True}),
+    "frequency_penalty": (0.5, {"frequency_penalty": 0.5}),
+    "presence_penalty": (-1, {"presence_penalty": -1}),
+    "repetition_penalty": (1.1, {"repetition_penalty": 1.1}),
+    "logit_bias": ({"5": 1, "70": -2.5}, {"logit_bias": {5: 1.0, 70: -2.5}}),
+    "logprobs": (True, {"logprobs": 0}),
+    "response_format": ({"type": "json_object"}, {"format": Format(kind="json_object")}),
+    "structured_outputs": ({"regex": "a+"}, {"format": Format(kind="regex", value="a+")}),
+    "guided_json": ('{"type": "object"}', {"format": Format(kind="json_schema", value={"type": "object"})}),
+    "guided_regex": ("a+", {"format": Format(kind="regex", value="a+")}),
+    "guided_choice": (["a", "b"], {"format": Format(kind="choice", value=("a", "b"))}),
+    "guided_grammar": ('root ::= "a"', {"format": Format(kind="gbnf", value='root ::= "a"')}),
 }
 OTHERWISE_HONOURED = {
     "model",
@@ -37,28 +55,25 @@ OTHERWISE_HONOURED = {
     "stream",
     "stream_options",
     "prompt_cache_key",
-}  # tests in test_api.py, test_sse.py, test_river.py
+    "n",
+    "timings",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "top_logprobs",
+}  # tests below, in test_api.py, test_sse.py, test_choices.py, test_tools.py, test_river.py
+EXTENSIONS = {"top_k", "min_p", "repetition_penalty", "ignore_eos", "timings", *schema.Sampled.formats}
 
 REFUSED = {
     "audio": {"voice": "alloy", "format": "wav"},
-    "frequency_penalty": 0.5,
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
-    "logit_bias": {"5": 1},
-    "logprobs": True,
     "modalities": ["text", "audio"],
     "moderation": {"model": "omni-moderation-latest"},
-    "n": 2,
-    "parallel_tool_calls": "yes",
     "prediction": {"type": "content", "content": "x"},
-    "presence_penalty": -1,
     "reasoning_effort": "high",
-    "response_format": {"type": "json_object"},
     "service_tier": "flex",
     "store": True,
-    "tool_choice": "required",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "top_logprobs": 3,
     "verbosity": "low",
     "web_search_options": {},
 }
@@ -78,7 +93,7 @@ def test_every_openai_field_is_in_one_group():
     assert neutral == REFUSED.keys()
     assert ignored == IGNORED.keys()
     assert len(honoured) + len(neutral) + len(ignored) == len(honoured | neutral | ignored)
-    assert honoured | neutral | ignored == FIELDS | {"top_k", "min_p", "ignore_eos"}
+    assert honoured | neutral | ignored == FIELDS | EXTENSIONS
 
 
 @pytest.mark.parametrize(
@@ -92,10 +107,16 @@ def test_every_openai_field_is_in_one_group():
         (Part, ChatCompletionContentPartImageParam),
         (ImageUrl, ImageURL),
         (StreamOptions, ChatCompletionStreamOptionsParam),
+        (ChatMessage, ChatCompletionToolMessageParam),
+        (schema.Call, ChatCompletionMessageFunctionToolCallParam),
+        (schema.CalledFunction, Function),
+        (schema.FunctionTool, ChatCompletionFunctionToolParam),
+        (schema.Function, FunctionDefinition),
+        (schema.JsonSchema, JSONSchema),
     ],
 )
 def test_inner_fields_are_known_too(wire: type[Wire], params: type):
-    assert set(typing.get_type_hints(params)) <= {*wire.model_fields, *wire.neutral, *wire.ignored}
+    assert set(typing.get_type_hints(params)) <= {*wire.honoured(), *wire.neutral, *wire.ignored}
 
 
 @pytest.mark.parametrize("field", SAMPLED)
@@ -136,6 +157,7 @@ def image(url: object) -> list[dict[str, object]]:
     return [{"type": "image_url", "image_url": {"url": url}}]
 
 
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 IMAGE_AT = "messages.0.content.0.image_url.url"
 
 
@@ -143,8 +165,37 @@ IMAGE_AT = "messages.0.content.0.image_url.url"
     ("fields", "param", "message"),
     [
         ({"temprature": 1}, "temprature", "temprature is an unknown field. Hint: did you mean 'temperature'?"),
-        ({"zzzzzz": 1}, "zzzzzz", "there are: model, messages"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty", "unknown field"),
+        ({"zzzzzz": 1}, "zzzzzz", "there are: model, max_tokens"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "between 0.01 and 100"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "between -2 and 2"),
+        ({"presence_penalty": "much"}, "presence_penalty", "valid number"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "logit_bias has the key 'a'"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "less than or equal to 128"),
+        ({"top_logprobs": 3}, "top_logprobs", "logprobs is not true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"response_format": "json"}, "response_format", "it must be a JSON object"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "it should be 'text', 'json_object' or 'json_schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
+        ({"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format.json_schema", "of type 'text'"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format.json_schema.name", "missing"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "is given, and guided_regex too"),
+        ({"guided_json": "{"}, "guided_json", "guided_json is not JSON"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "holds regex and choice"),
+        ({"structured_outputs": {}}, "structured_outputs", "holds nothing"),
+        ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern", "does not support"),
+        ({"tools": [{"type": "custom"}]}, "tools.0.type", "it should be 'function'"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "is missing"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "'a b'"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools", "two tools have the same name"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "args": {}}}]}, "tools.0.function.args", "unknown field"),
+        ({"tool_choice": "always"}, "tool_choice", 'tool_choice is "always". Hint: it must be'),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        ({"tool_choice": {"type": "auto"}}, "tool_choice", "it must be"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function", "is missing"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "names 'g', which is none of the tools"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "g"}}}, "tool_choice.custom", "unknown field"),
         ({"temperature": "hot"}, "temperature", 'temperature is "hot"; it should be a valid number'),
         ({"temperature": True}, "temperature", "temperature is true; it should be a valid number"),
         ({"temperature": 3}, "temperature", "temperature is 3.0; it must be a number between 0 and 2"),
@@ -169,11 +220,15 @@ IMAGE_AT = "messages.0.content.0.image_url.url"
         ({"messages": "hi"}, "messages", 'messages is "hi"; it should be a valid array'),
         ({"messages": ["hi"]}, "messages.0", 'messages.0 is "hi"; it must be a JSON object'),
         ({"messages": [{"content": "hi"}]}, "messages.0.role", "messages.0.role is missing"),
-        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages.0.role", "it should be 'developer', 'system', 'user' or 'assistant'"),
+        ({"messages": [{"role": "function", "content": "hi"}]}, "messages.0.role", "'user', 'assistant' or 'tool'"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages.0.tool_call_id", "is missing"),
+        ({"messages": [{"role": "user", "content": "hi", "tool_call_id": "x"}]}, "messages.0.tool_call_id", "of role 'user'"),
+        ({"messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]}, "messages.0.tool_calls", "only the assistant calls"),
+        ({"messages": [{"role": "tool", "content": image("data:,"), "tool_call_id": "x"}]}, "messages.0.content", "holds an image"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages.0.content", "is null; it must be a string or a list of parts"),
         ({"messages": [{"role": "user", "contnet": "hi"}]}, "messages.0.contnet", "did you mean 'content'?"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls", "does not support"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.id", "is missing"),
         ({"content": 5}, "messages.0.content", "is 5; it must be a string or a list of parts"),
         ({"content": []}, "messages.0.content", "at least 1 item"),
         ({"content": [{"type": "input_audio"}]}, "messages.0.content.0.type", "it should be 'text' or 'image_url'"),
@@ -193,6 +248,64 @@ def test_mistakes(served: Live, fields: dict[str, typing.Any], param: str, messa
     error = refused(served, **fields)
     assert error["param"] == param
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("wire", "expected"),
+    [
+        ("auto", ToolChoice()),
+        ("none", ToolChoice(mode="none")),
+        ("required", ToolChoice(mode="required")),
+        ({"type": "function", "function": {"name": "g"}}, ToolChoice(mode="required", names=("g",))),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]}},
+            ToolChoice(names=("f",)),
+        ),
+    ],
+)
+def test_tool_choices(served: Live, echo: Echo, wire: object, expected: ToolChoice):
+    parameters = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    full = {"name": "f", "description": "what f does", "parameters": parameters, "strict": True}
+    tools = [{"type": "function", "function": full}, {"type": "function", "function": {"name": "g"}}]
+    assert served.chat(tools=tools, tool_choice=wire, parallel_tool_calls=False).status_code == 200
+    asked = echo.requests[-1]
+    assert asked.tools == (Tool(name="f", description="what f does", parameters=parameters, strict=True), Tool(name="g"))
+    assert asked.tool_choice == ToolChoice(mode=expected.mode, names=expected.names, parallel=False)
+    assert served.chat(tools=tools, tool_choice=wire).status_code == 200
+    assert echo.requests[-1].tool_choice == expected
+
+
+def test_calls_and_results_in_the_history(served: Live, echo: Echo):
+    result = {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "42"}]}
+    for calling in ({"content": None}, {}, {"content": "let me see"}):
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [CALL], **calling}, result]
+        assert served.chat(messages=messages).status_code == 200
+        _, said, got = echo.requests[-1].messages
+        assert (said.text, said.tool_calls) == (calling.get("content") or "", (ToolCall(id="call_1", name="f", arguments="{}"),))
+        assert (got.role, got.text, got.tool_call_id) == ("tool", "42", "call_1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}}}},
+            ({"type": "array"}, False),
+        ),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True}}}, ({"type": "object"}, True)),
+        ({"structured_outputs": {"json": {"type": "array"}}}, ({"type": "array"}, True)),
+        ({"structured_outputs": {"json": '{"type": "array"}'}, "response_format": {"type": "text"}}, ({"type": "array"}, True)),
+    ],
+)
+def test_schemas(served: Live, echo: Echo, fields: dict[str, typing.Any], expected: tuple[object, bool]):
+    assert served.chat(**fields).status_code == 200
+    value, strict = expected
+    assert echo.requests[-1].sampling.format == Format(kind="json_schema", value=value, strict=strict)
+
+
+def test_top_logprobs(served: Live, echo: Echo):
+    assert served.chat(logprobs=True, top_logprobs=5).status_code == 200
+    assert echo.requests[-1].sampling.logprobs == 5
 
 
 def test_long_values_are_cut(served: Live):
