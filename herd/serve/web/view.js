@@ -107,7 +107,7 @@ function reply(conversation, node, { isColumn, lane }) {
     isColumn ? el("button", { type: "button", className: "quiet text", "data-act": "keep", "data-lane": String(lane) }, "Keep this one") : null,
     el("span", { className: "facts" }, facts(node)),
   );
-  return el("article", attributes, label, body(node), waits, notice(node), isUnderWay ? null : bar);
+  return el("article", attributes, label, body(node), waits, notice(node), isUnderWay || (node.error && !node.text) ? null : bar);
 }
 
 function body(node) {

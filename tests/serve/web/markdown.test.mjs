@@ -144,6 +144,9 @@ test("no text takes long", () => {
     "*a ", "**a ", "_a ", "`", "a`", "[", "![", "[a](", "](", "<", "$a", "$", "\\(", "\\[", "> ", ">", "- ", "1. ", "|", "|-", "~~a ", "*", "_", "a*", "*a", "h", "https://",
     "#", "# ", "\n", "- \n", "```", "```\n", "$$", "$$\n", "\\", "a\n", "**a *b ", "`a``b", "- - ", "> - ", "|a\n|-\n", "'", "\"",
   ];
+  const started = performance.now();
+  blocks("\\(".repeat(200_000)); // searched for by the machine's fastest loop, so only a long text tells
+  assert.ok(performance.now() - started < 1000);
   for (const piece of hostile) {
     for (const text of [piece.repeat(many), `\`\`\`js\n${piece.repeat(many)}`, `- a\n${piece.repeat(many)}`, `# ${piece.repeat(many)}x`]) {
       const started = performance.now();
