@@ -226,8 +226,8 @@ def about(arguments: argparse.Namespace, prompts: list[int], version: str) -> li
         f"as they are by default. herd: `--max-sequences={SLOTS} {arguments.herd_options}`.",
         f"{arguments.requests} requests a rate, Poisson arrivals; prompts of {spread(lengths)} tokens, system message included (least, "
         f"median, most; {sum(lengths):,} in all), replies of {spread(replies)} ({sum(replies):,}); greedy, ignore_eos; both sides in turn.",
-        "First tokens and gaps (between two pieces of text) in ms, as the client sees them. CPU: seconds of the server, and of "
-        "all that is neither server nor client, per second.",
+        "First tokens and gaps (between two pieces of text) in ms, as the client sees them. CPU: seconds a second of the server, and of "
+        "all that is neither server nor client: where that is not next to nothing, the row tells little.",
         "",
     ]
 
