@@ -31,6 +31,7 @@ from herd.serve.config import ServeConfig
 from herd.serve.connection import Door
 from herd.serve.errors import RequestError, error_reply, shown
 from herd.serve.keys import Guard, KeyFile, KeyRefused
+from herd.serve.messages import add_messages
 from herd.serve.metrics import Metrics
 from herd.serve.page import add_page
 from herd.serve.tokens import add_tokens
@@ -70,6 +71,7 @@ def make_app(
     app.add_exception_handler(HerdError, _herd_error)
     app.add_exception_handler(HTTPException, _http_error)
     add_openai_routes(app, backend, config, metrics)
+    add_messages(app, backend, config, metrics)
     if isinstance(backend, TextBackend):
         add_completions(app, backend, config, metrics)
         add_tokens(app, backend, config)
@@ -98,7 +100,7 @@ def _add_probes(app: FastAPI, metrics: Metrics, is_healthy: Callable[[], bool], 
 
 
 async def _herd_error(request: Request, error: Exception) -> JSONResponse:
-    reply = error_reply(shown(error, request.state.request_id))
+    reply = error_reply(shown(error, request.state.request_id), request.url.path)
     if isinstance(error, KeyRefused):
         reply.headers["www-authenticate"] = "Bearer"
     return reply
@@ -115,7 +117,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
         found = RequestError(404, f"there is no {path}", nearest(path, paths) or f"there are: {', '.join(paths)}")
     else:
         found = RequestError(error.status_code, error.detail)
-    reply = error_reply(found)
+    reply = error_reply(found, request.url.path)
     reply.headers.update(headers)
     return reply
 

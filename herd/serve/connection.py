@@ -62,7 +62,7 @@ class Door:
         except Exception as error:
             if status != "gone":  # too late for words: let the HTTP server break off the connection
                 raise
-            await error_reply(shown(error, request_id.decode()))(scope, receive, signed)
+            await error_reply(shown(error, request_id.decode()), scope["path"])(scope, receive, signed)
         finally:
             self.metrics.in_flight.dec()
             self.metrics.finished(scope, status, time.perf_counter() - begun)

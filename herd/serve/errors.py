@@ -26,12 +26,18 @@ def shown(error: Exception, request_id: str) -> HerdError:
     return error
 
 
-def error_object(error: HerdError) -> dict[str, Any]:
-    """OpenAI's error object; its clients show `message`, so the hint goes there."""
+def error_object(error: HerdError, path: str = "") -> dict[str, Any]:
+    """OpenAI's error object, or Anthropic's under /v1/messages; clients show `message`, so the hint goes there."""
     message = f"{error.message}. Hint: {error.hint}" if error.hint else error.message
+    if path.startswith("/v1/messages"):
+        kind = _ANTHROPIC.get(error.http_status, "api_error" if error.http_status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
     return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code}}
 
 
-def error_reply(error: HerdError) -> JSONResponse:
+_ANTHROPIC = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
+
+
+def error_reply(error: HerdError, path: str = "") -> JSONResponse:
     """The whole reply to a request that failed."""
-    return JSONResponse(error_object(error), status_code=error.http_status)
+    return JSONResponse(error_object(error, path), status_code=error.http_status)

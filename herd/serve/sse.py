@@ -76,6 +76,7 @@ class EventStream(StreamingResponse):
         except Exception as error:
             if not started:
                 raise
-            failure = error_object(shown(error, scope["state"]["request_id"]))
-            await send({"type": "http.response.body", "body": data(failure), "more_body": True})
+            failure = error_object(shown(error, scope["state"]["request_id"]), scope["path"])
+            name = b"event: error\n" if "type" in failure else b""  # Anthropic's events have names
+            await send({"type": "http.response.body", "body": name + data(failure), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
