@@ -189,7 +189,7 @@ def gaps(seen: Seen, span: tuple[float, float]) -> list[float]:
 def in_process(folder: Path, arguments: argparse.Namespace) -> str:
     """The same with an engine and no server, by the time that the processor spent on each step.
 
-    What a step takes alone is that of the steps without a prompt: contexts grow meanwhile, and shrink where local layers begin a chunk.
+    What a step takes alone is that of the steps without a prompt: contexts grow meanwhile, and shrink where a new chunk begins.
     """
     choices = EngineConfig(threads=1, draft_tokens=0, kv="bf16", prefix_cache=False, pace=arguments.pace)
     engine, clock, numbers = open_engine(folder / "mix", config=choices, device="cpu"), time.process_time, random.Random(0)
@@ -211,18 +211,23 @@ def in_process(folder: Path, arguments: argparse.Namespace) -> str:
     for _ in range(50):
         step()
     before = [step() for _ in range(100)]
-    long, during = add(arguments.tokens, 2), []
+    long, during, between = add(arguments.tokens, 2), [], []
     while long.num_waiting > 1:
+        done = long.num_computed
         during.append(step())
-    after = [step() for _ in range(100)]
-    alone, middle = statistics.mean([*before, *after]), statistics.median(during)
-    cells = [f"{statistics.mean(each) * 1e3:.1f}" for each in (before, after, during)]
-    cells += [
-        f"**{alone / statistics.mean(during):.2f}**",
+        if long.num_computed == done:
+            between.append(during[-1])
+    middle, mean = statistics.median(during), statistics.mean(during)
+    cells = [
+        "herd, processor time",
+        *(f"{statistics.mean(each) * 1e3:.1f}" for each in (before, between, during)),
+        f"**{statistics.mean(between) / mean:.2f}**",
         f"{middle * 1e3:.1f}",
         f"{max(during) * 1e3:.1f} = {max(during) / middle:.1f} x",
+        f"{max(before) / statistics.median(before):.1f} x",
+        f"{sum(during):.0f}",
     ]
-    return f"| herd, processor time | {' | '.join([*cells, f'{max(before) / statistics.median(before):.1f} x', f'{sum(during):.0f}'])} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def _unheard(event: object) -> None:
@@ -304,11 +309,8 @@ def main() -> None:
         folder = Path(name)
         write_random(MODEL, folder / "mix", heads=range(32, 120), files=tokenizer_files())
         if arguments.cpu_time:
-            print(
-                "| | step alone, ms, before | meanwhile | all steps meanwhile "
-                "| share kept | median, ms | longest | longest alone | prompt, s |"
-            )
-            print(f"|---|---|---|---|---|---|---|---|---|\n{in_process(folder, arguments)}")
+            columns = "step alone, ms, before | meanwhile | all steps meanwhile | share kept | median, ms | longest | longest alone"
+            print(f"| | {columns} | prompt, s |\n|---|---|---|---|---|---|---|---|---|\n{in_process(folder, arguments)}")
             return
         herd = [sys.executable, "-m", "herd.cli.main", "serve", str(folder / "mix"), "--max-sequences", str(num_slots)]
         herd += ["--kv", "bf16", "--draft-tokens", "0", "--threads", str(arguments.threads), "--pace", str(arguments.pace)]
