@@ -220,7 +220,7 @@ def progress(path: Path) -> dict[str, Any]:
 
 def compute_reference(folder: Path, tokens: list[int], model: ModelConfig) -> dict[str, Any]:
     """The other road to the sampled positions and to a reply of its own."""
-    engine = open_engine(make_model(folder / "model-whole", model), config=EngineConfig(kv_gib=0.1), device="cpu")
+    engine = open_engine(make_model(folder / "model-whole", model), config=EngineConfig(kv_gib=0.1, kv="fp32"), device="cpu")
     plain = plain_model(engine.runner.model)
     logits, without = reference(
         plain, tokens, sampled(len(tokens), model.chunk_tokens or 0), REPLY, lambda text: sys.stderr.write(text + "\n")
@@ -387,7 +387,7 @@ def choices(folder: Path, part: str, tokens: int, model: ModelConfig, window_mib
     chunk = model.chunk_tokens or 0
     local_gib = kv_bytes(dataclasses.replace(model, global_step=None, num_layers=4), chunk, "fp32") / 2**30
     sizes = {"context_tokens": tokens + chunk, "max_sequences": 1, "step_tokens": chunk, "page_tokens": min(PAGE, chunk)}
-    common: dict[str, Any] = {**sizes, "draft_tokens": 0, "threads": threads}
+    common: dict[str, Any] = {**sizes, "draft_tokens": 0, "kv": "fp32", "threads": threads}
     if part == "local":  # without global layers nothing before the last chunk has a way to the answer, and a cache would skip it
         return EngineConfig(kv_gib=4, prefix_cache=False, **common)
     common["prefix_folder"] = folder / f"{part}-prefixes"

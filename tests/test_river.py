@@ -74,7 +74,7 @@ def test_an_image_is_seen(tiny: Model, client: openai.OpenAI) -> None:
 
 def test_prompt_cache_key_keeps_prefixes_apart(tiny: Model, client: openai.OpenAI) -> None:
     """What was computed under one key is not taken over under another, nor without one; the reply is the same."""
-    text = "a prompt over several pages, so that there is something to take over, asked again and again"
+    text = "keys keep prefixes apart: a prompt over several pages, so that there is something to take over, asked again"
 
     def asked(**fields: str) -> tuple[int, str | None]:
         messages = [{"role": "user", "content": text}]
