@@ -187,7 +187,7 @@ def main() -> None:
             f"Command: `python bench/prefix.py --tokens {arguments.tokens}{rival}`, seed 0. {cpu()}, {os.cpu_count()} cores, "
             f"{arguments.threads} threads.",
             "Random int4 Llama 4 of Cria's width: 8 layers, 2 of them global, 4 experts, chunk 8,192. Keys and values: "
-            "herd float32, llama.cpp float16. Best of 5, computed once; files are in the system's memory.",
+            "float16 on both sides. Best of 5, computed once; files are in the system's memory.",
             "llama.cpp with --swa-full: without it what a restored slot holds is computed again. herd restores by itself, by what a prompt "
             "begins with.",
             "",
