@@ -538,7 +538,7 @@ def test_killed_writers_lose_only_what_they_were_writing(tmp_path: Path, writers
             assert not list(tmp_path.glob("*/*.partial"))
             num_read += check(store, [key_of(n) for n in range(max(0, 1000 * (i - 2)), 1000 * i + 500)])
             assert store.stats().broken == store.stats().misses == 0
-    assert num_left and num_read > num_kills  # some were killed in the middle of a file
+    assert num_left > num_kills // 4 and num_read > num_kills  # many were killed in the middle of a file
 
 
 def test_a_file_gets_its_name_while_nobody_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
