@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from herd.checkpoint.store import home
 from herd.cli.keys import default_file
 from herd.engine.config import EngineConfig
 from herd.engine.local import Local, load, short_name
@@ -50,6 +51,8 @@ def run(options: Options) -> int:
         raise UsageError(f"the server needs {error.name}, which is not installed", "pip install 'herd-llm[serve]'") from error
 
     config = _with_keys(options.serve)
+    # by the port, so that it is there again after a restart, and that two servers do not meet; a port of chance has nothing to find again
+    config = replace(config, data_folder=config.data_folder or (home() / "serve" / str(config.port) if config.port else None))
     served = [short_name(name) for name in options.models]
     if len(set(served)) < len(served):
         raise UsageError(f"two models would be served under one name: {', '.join(served)}", "rename a folder")

@@ -11,8 +11,8 @@ import asyncio
 import errno
 import signal
 import socket
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -34,12 +34,14 @@ from herd.serve.keys import Guard, KeyFile, KeyRefused
 from herd.serve.messages import add_messages
 from herd.serve.metrics import Metrics
 from herd.serve.page import add_page
+from herd.serve.store import Store
 from herd.serve.tokens import add_tokens
 
 if TYPE_CHECKING:
     from herd.engine.stats import Stats
 
 
+TABLES: tuple[str, ...] = ()  # of all that keep something in the store
 OPEN = frozenset({"/", "/web/{name}", "/health", "/ready"})  # routes that ask for no key: the page asks its reader
 
 
@@ -58,6 +60,7 @@ def make_app(
     stats: of the engines, by model, for /metrics.
     """
     metrics = Metrics(stats)
+    store = Store(config.data_folder, TABLES)
     guard = Guard(config.api_key, KeyFile(config.keys_file) if config.keys_file else None)
 
     async def admit(request: Request) -> None:
@@ -66,7 +69,12 @@ def make_app(
             headers = request.headers
             request.state.caller = guard.admit(headers.get("authorization", ""), headers.get("x-api-key", ""))
 
-    app = FastAPI(title="herd", openapi_url=None, redirect_slashes=False, dependencies=[Depends(admit)])
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        store.close()
+
+    app = FastAPI(title="herd", openapi_url=None, redirect_slashes=False, dependencies=[Depends(admit)], lifespan=lifespan)
     app.add_middleware(Door, metrics=metrics)
     app.add_exception_handler(HerdError, _herd_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -16,6 +16,7 @@ class ServeConfig:
     )  # that clients must send; HERD_API_KEY in the environment hides it from `ps`; herd keys makes more
     keys_file: Path | None = None  # where `herd keys` keeps keys; none: keys.json in herd's folder, if it exists
     port: int = 8000  # TCP port; 0 takes any free one
+    data_folder: Path | None = None  # for stored responses, files and batches; none: one for the port, in herd's folder
     max_body_bytes: int = 64 << 20  # of one request; images travel inside it as base64
     ping_s: float = 15.0  # seconds of silence after which a stream gets a comment, so that no proxy hangs up
     shutdown_s: int = 10  # seconds that replies under way get to end when the server stops

@@ -1,0 +1,61 @@
+"""The folder of a server: what is written stays, and no two servers share it."""
+
+from pathlib import Path
+
+import pytest
+
+from herd.errors import ResourceError
+from herd.serve.store import Store, owner
+
+TABLES = ["CREATE TABLE IF NOT EXISTS notes (owner TEXT, text TEXT)"]
+
+
+def test_what_is_written_is_there_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a" / "b", TABLES)
+    store.db.execute("INSERT INTO notes VALUES (?, ?)", (owner(("key", "1")), "hello"))
+    store.close()
+    again = Store(tmp_path / "a" / "b", TABLES)
+    assert [tuple(row) for row in again.db.execute("SELECT * FROM notes")] == [('["key", "1"]', "hello")]
+    again.close()
+
+
+def test_a_folder_has_one_server(tmp_path: Path) -> None:
+    store = Store(tmp_path, TABLES)
+    with pytest.raises(ResourceError, match="another server"):
+        Store(tmp_path, TABLES)
+    store.close()
+    Store(tmp_path, TABLES).close()
+
+
+def test_statements_together_are_all_or_none(tmp_path: Path) -> None:
+    store = Store(tmp_path, TABLES)
+    with store.together():
+        store.db.execute("INSERT INTO notes VALUES ('a', 'kept')")
+    with pytest.raises(ZeroDivisionError), store.together():
+        store.db.execute("INSERT INTO notes VALUES ('a', 'not kept')")
+        store.db.execute("DELETE FROM notes WHERE text = 'kept'")
+        1 / 0  # noqa: B018
+    assert [row["text"] for row in store.db.execute("SELECT text FROM notes")] == ["kept"]
+    store.close()
+
+
+def test_a_store_without_a_folder_goes_with_its_server() -> None:
+    store = Store(None, TABLES)
+    assert (store.folder / "server.sqlite").exists()
+    store.close()
+    assert not store.folder.exists()
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot keep its data"):
+        Store(tmp_path / "file", TABLES)
+    (tmp_path / "server.sqlite").write_text("no database, but long enough to look like one" * 100)
+    with pytest.raises(ResourceError, match="not a database"):
+        Store(tmp_path, TABLES)
+    (tmp_path / "server.sqlite").unlink()
+    Store(tmp_path, TABLES).close()
+
+
+def test_owners_differ_where_their_words_do() -> None:
+    assert len({owner(()), owner(("a",)), owner(("a", "b")), owner(("ab",)), owner(('a", "b',))}) == 5
