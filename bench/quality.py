@@ -29,10 +29,11 @@ from herd.text.tokenizer import tokenizer_of
 
 WINDOW = 1000  # tokens that see each other
 CHOICES = {
-    "16-bit activations": {"activation_bits": 16},
+    "16-bit activations, fp32 keys and values": {"activation_bits": 16, "kv": "fp32"},
+    "16-bit activations, fp16 keys and values (what is served)": {"activation_bits": 16, "kv": "fp16"},
     "16-bit activations, bf16 keys and values": {"activation_bits": 16, "kv": "bf16"},
     "16-bit activations, int8 keys and values": {"activation_bits": 16, "kv": "int8"},
-    "8-bit activations": {"activation_bits": 8},
+    "8-bit activations, fp16 keys and values": {"activation_bits": 8, "kv": "fp16"},
 }
 
 

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -260,6 +261,7 @@ struct Part {  // blocks [first, last) of one matrix, for some tokens
   int64_t stride, first, last, tokens;
 };
 
+constexpr int64_t kFetch = 384 << 10;  // most bytes of a matrix that a waiting thread fetches: its second cache must still hold them when they are wanted
 constexpr int kFew = 2;  // so many tokens wait for memory, not for arithmetic
 
 struct Product {  // of several matrices
@@ -270,11 +272,15 @@ struct Product {  // of several matrices
   // Few tokens: one long part for each thread, which reads on where it was. Many: parts that fill a quarter of a second-level cache, where
   // they meet tile after tile, and enough of them that no thread waits long.
   void add(const Blocks& w, const Rounded& x, float* y, int64_t stride, int64_t tokens) {
+    const int64_t blocks = w.rows / kRows, step = part_of(w, tokens, threads);
+    for (int64_t b = 0; b < blocks; b += step) parts.push_back({w, x, y, stride, b, std::min(b + step, blocks), tokens});
+  }
+
+  static int64_t part_of(const Blocks& w, int64_t tokens, int threads) {
     const int64_t blocks = w.rows / kRows;
     const int64_t most = (int64_t(tokens > kFew ? 256 : 4096) << 10) / w.row_bytes();
     int64_t step = std::max<int64_t>(2, std::min(most, blocks / (tokens > kFew ? 4 * threads : threads)));
-    step += step % 2;
-    for (int64_t b = 0; b < blocks; b += step) parts.push_back({w, x, y, stride, b, std::min(b + step, blocks), tokens});
+    return step + step % 2;
   }
 };
 

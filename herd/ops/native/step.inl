@@ -158,7 +158,8 @@ class Step {
     if (step.ids) each_token([&](int64_t t) { embed(blocks_of(model.embed), step.ids[t], step.x + t * D); });
     for (int64_t i = 0; i < model.num_layers; ++i) {
       attention(model.layers[i], i > 0);
-      model.layers[i].router ? moe(model.layers[i]) : dense(model.layers[i]);
+      const HerdLayer* next = i + 1 < model.num_layers ? &model.layers[i + 1] : nullptr;
+      model.layers[i].router ? moe(model.layers[i], next) : dense(model.layers[i], next);
     }
     each_token([&](int64_t t) { f.add(step.x + t * D, added + t * D, D); });
     if (step.logits) logits();
@@ -171,6 +172,22 @@ class Step {
       for (int64_t t = 0; t < T; ++t) work(t);
     else
       parallel(m.pool, T, [&](int64_t t, int) { work(t); });
+  }
+
+  // What the next product reads. Threads that wait for it fetch that, where the memory is what holds everything up.
+  void expect(std::initializer_list<const HerdMatrix*> matrices) {
+    for (int worker = 0; worker < m.pool.size(); ++worker) {
+      Ahead& ahead = m.pool.ahead(worker);
+      int i = 0;
+      for (const HerdMatrix* matrix : matrices) {
+        if (T > kFew || !matrix->data) break;
+        const Blocks w = blocks_of(*matrix);
+        const int64_t blocks = w.rows / kRows, each = Product::part_of(w, T, m.pool.size());
+        const int64_t first = std::min(worker * each, blocks), count = std::min(each, blocks - first);
+        ahead.set(i++, w.data + first * w.row_bytes(), std::min(count * w.row_bytes(), kFetch));
+      }
+      if (i < Ahead::kRanges) ahead.set(i, nullptr, 0);
+    }
   }
 
   void add_one(Product& job, const HerdMatrix& w, const RoundedBuffer& x, float* y, int64_t stride) {
@@ -190,12 +207,14 @@ class Step {
     add_one(job, layer.q, m.inputs, qkv, W);
     add_one(job, layer.k, m.inputs, qkv + H * K, W);
     add_one(job, layer.v, m.inputs, qkv + (H + G) * K, W);
+    expect({&layer.o});
     compute(job, m.pool);
     if (model.file && !layer.is_local) Window(*model.file, layer.pages, K, full.reach, step.sequences).open_new(step);
     each_token([&](int64_t t) { place_heads(layer, t); });
     attend(layer);
     each_token([&](int64_t t) { round(attended + t * H * K, H * K, m.inputs, t); });
     add_one(job, layer.o, m.inputs, added, D);
+    expect({&layer.gate, &layer.up});
     compute(job, m.pool);
     each_token([&](int64_t t) {
       f.add(step.x + t * D, added + t * D, D);
@@ -342,15 +361,17 @@ class Step {
     int64_t visible[kQueries * kMostQueriesPerKey];
   };
 
-  // From `normed`, rounded in `inputs`, to `added`.
-  void dense(const HerdLayer& layer) {
+  // From `normed`, rounded in `inputs`, to `added`. next: the layer after this one, null for none.
+  void dense(const HerdLayer& layer, const HerdLayer* next) {
     const int64_t F = layer.gate.rows;
     Product job{m.path, m.pool.size()};
     add_one(job, layer.gate, m.inputs, hidden, 2 * F);
     add_one(job, layer.up, m.inputs, hidden + F, 2 * F);
+    expect({&layer.down});
     compute(job, m.pool);
     each_token([&](int64_t t) { swiglu(hidden + t * 2 * F, F, m.hidden, t); });
     add_one(job, layer.down, m.hidden, added, D);
+    next ? expect({&next->q, &next->k, &next->v}) : expect({&model.head});
     compute(job, m.pool);
   }
 
@@ -359,7 +380,7 @@ class Step {
     round(row, F, out, place);
   }
 
-  void moe(const HerdLayer& layer) {
+  void moe(const HerdLayer& layer, const HerdLayer* next) {
     const int64_t k = model.experts_per_token, F = layer.experts_gate.rows, S = layer.gate.rows;
     const Routed routed = route(layer);
     m.routed.hold(routed.tiles * kTile, std::max(D, F), parts);
@@ -374,6 +395,7 @@ class Step {
     float* expert_hidden = hidden + T * 2 * S;
     add_one(job, layer.gate, m.inputs, hidden, 2 * S);
     add_one(job, layer.up, m.inputs, hidden + S, 2 * S);
+    expect({&layer.down});
     add_experts(job, layer.experts_gate, routed, expert_hidden, 2 * F);
     add_experts(job, layer.experts_up, routed, expert_hidden + F, 2 * F);
     compute(job, m.pool);
@@ -383,6 +405,7 @@ class Step {
         swiglu(expert_hidden + routed.place[size_t(r)] * 2 * F, F, m.routed, routed.padded[size_t(r)]);
     });
     add_one(job, layer.down, m.hidden, added, D);
+    next ? expect({&next->q, &next->k, &next->v}) : expect({&model.head});
     add_experts(job, layer.experts_down, routed, routed_out, D);
     compute(job, m.pool);
     each_token([&](int64_t t) {
@@ -443,6 +466,7 @@ class Step {
       round(normed + i * D, D, m.inputs, i);
     }
     Product job{m.path, m.pool.size()};
+    expect({});
     job.add(blocks_of(model.head), m.inputs.view(), step.logits, V, n);
     compute(job, m.pool);
   }
