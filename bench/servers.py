@@ -66,10 +66,15 @@ class Server:
             reply = connection.getresponse()
             return reply.status, reply.read()
 
-    def cpu_s(self) -> float:
-        """CPU seconds that the process has used so far."""
-        words = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+    def cpu_s(self, first_thread: bool = False) -> float:
+        """CPU seconds that the process has used so far; first_thread: those of its first thread, which in herd's is the event loop."""
+        pid = self._process.pid
+        words = Path(f"/proc/{pid}/task/{pid}/stat" if first_thread else f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+    def resident_bytes(self) -> int:
+        """Memory that the process holds now."""
+        return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def close(self) -> None:
         """End the process and wait for it."""
@@ -106,8 +111,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def stream(port: int, body: dict[str, Any]) -> Reply:
-    """POST a chat completion and read its events. By hand, since the client runs on the cores that the servers are measured on."""
+async def stream(port: int, body: dict[str, Any], leave_after: int | None = None) -> Reply:
+    """POST a chat completion and read its events. By hand, since the client runs on the cores that the servers are measured on.
+
+    leave_after: pieces of text after which the reader is gone; None: it stays to the end.
+    """
     sent = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
     reply = Reply(time.perf_counter())
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -119,7 +127,7 @@ async def stream(port: int, body: dict[str, Any]) -> Reply:
         while (await reader.readline()).strip():  # headers
             pass
         rest = b""
-        while size := int(await reader.readline(), 16):  # a body in chunks
+        while (leave_after is None or len(reply.pieces_s) < leave_after) and (size := int(await reader.readline(), 16)):  # a body in chunks
             rest += (await reader.readexactly(size + 2))[:-2]
             now = time.perf_counter()
             *events, rest = rest.split(b"\n\n")
