@@ -125,7 +125,7 @@ class Answer:
             item = {**self._item, "status": status, "content": [part]}
         else:
             if status == "completed":
-                yield self._here("response.function_call_arguments.done", name=self._item["name"], arguments=whole)
+                yield self._here("response.function_call_arguments.done", arguments=whole)
             item = {**self._item, "status": status, "arguments": whole}
         index = len(self._output)
         self._output.append(item)

@@ -36,10 +36,10 @@ TABLES = (
     )""",
     "CREATE INDEX IF NOT EXISTS response_items_by_id ON response_items (id)",
 )
-CHAIN = """WITH RECURSIVE chain (id, previous, bytes, depth) AS (
-    SELECT id, previous, bytes, 0 FROM responses WHERE id = ? AND owner = ?
+CHAIN = """WITH RECURSIVE chain (id, owner, previous, bytes, depth) AS (
+    SELECT id, owner, previous, bytes, 0 FROM responses WHERE id = ? AND owner = ?
     UNION ALL
-    SELECT before.id, before.previous, before.bytes, depth + 1 FROM chain JOIN responses AS before ON before.id = chain.previous
+    SELECT r.id, r.owner, r.previous, r.bytes, depth + 1 FROM chain JOIN responses AS r ON r.id = chain.previous AND r.owner = chain.owner
 ) """
 DAY_S = 24 * 3600.0
 
@@ -114,8 +114,8 @@ class Responses:
         now = self._clock()
         try:
             with self._store.together():
-                self._forget_old()
                 self._db.execute(CHAIN + "UPDATE responses SET used = ? WHERE id IN (SELECT id FROM chain)", (previous, owner, now))
+                self._forget_old()
                 self._db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", (id, owner, previous, now, num_bytes, told))
                 self._db.executemany("INSERT INTO response_items VALUES (?, ?, ?, ?, ?)", rows)
                 self._make_room(now)
