@@ -40,12 +40,13 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
         check_model(backend, body.model)
         who, is_stored = owner(caller(request)), _is_stored(body, kept)
         with in_words_of_responses():
-            past = [Item.model_validate(told) for told in kept.past(who, body.previous_response_id)] if body.previous_response_id else []
+            previous = body.previous_response_id
+            past = [] if previous is None else [Item.model_validate(told) for told in kept.past(who, previous)]
             new = given_items(body, past, lambda id, param: Item.model_validate(kept.item(who, id, param)))
             asked = chat_request(body, past, new, caller(request))
         inputs = [item.told(new_id("msg" if item.type == "message" else "fc")) for item in new]
         if is_stored:
-            kept.check_room(who, inputs, body.previous_response_id)
+            kept.check_room(who, inputs, previous)
         told = Told(body.model, metrics)
 
         def finish(response: dict[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,6 @@ class Answer:
                 logprobs = self._take_logprobs()
                 yield self._here("response.output_text.delta", content_index=0, delta=event.text, logprobs=logprobs)
             case ToolCallStart():
-                self._drawn.clear()  # the tokens of calls are no text
                 yield from self._begin(type="function_call", call_id=event.id, name=event.name, arguments="")
             case ToolCallDelta():
                 self._pieces.append(event.arguments)
@@ -127,6 +126,7 @@ class Answer:
             if status == "completed":
                 yield self._here("response.function_call_arguments.done", arguments=whole)
             item = {**self._item, "status": status, "arguments": whole}
+            self._drawn.clear()  # the tokens of a call, and of what led to it, are no text
         index = len(self._output)
         self._output.append(item)
         self._item, self._pieces, self._logprobs = None, [], []

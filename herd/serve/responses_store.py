@@ -50,6 +50,7 @@ class Responses:
     def __init__(self, store: Store, max_bytes: int, days: float, clock: Callable[[], float] = time.time) -> None:
         """max_bytes: of all together; 0 keeps none.  days: after its last use a response goes."""
         self._store, self._db = store, store.db
+        self._db.execute("PRAGMA secure_delete = ON")  # what goes is overwritten
         self._max_bytes, self._kept_s, self._clock = max_bytes, days * DAY_S, clock
 
     @property

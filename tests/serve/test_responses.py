@@ -175,9 +175,10 @@ def test_log_probabilities_belong_to_the_text(serve):
     [said] = events[-1]["response"]["output"]
     told = [(token["token"], token["logprob"]) for token in said["content"][0]["logprobs"]]
     assert told == [("Hi", 0), (" ", -1), ("you", -2), (".", -4)]
-    call = [drawn[0], Text(text="Hi"), drawn[3], ToolCallStart(index=0, id="c", name="f"), ToolCallEnd(index=0)]
-    events = events_of(serve(Script([*call, Done(reason="tool_calls", usage=usage)])), include=[LOGPROBS])
-    assert [token["token"] for token in events[-1]["response"]["output"][0]["content"][0]["logprobs"]] == ["Hi"]
+    call = [drawn[3], ToolCallStart(index=0, id="c", name="f"), drawn[3], ToolCallEnd(index=0)]
+    steps = [drawn[0], Text(text="Hi"), *call, drawn[4], Text(text="."), Done(reason="tool_calls", usage=usage)]
+    first, _, last = events_of(serve(Script(steps)), include=[LOGPROBS])[-1]["response"]["output"]
+    assert [[token["token"] for token in item["content"][0]["logprobs"]] for item in (first, last)] == [["Hi"], ["."]]
 
 
 def test_the_clients_stream_helper(serve):
@@ -287,6 +288,7 @@ def test_input_items(served: Live, client: openai.OpenAI):
     assert texts(limit=1) == texts(limit=2) == texts() and texts(order="asc", limit=4) == texts()[::-1]
     page = client.responses.input_items.list(second.id, limit=2)
     assert (page.has_more, page.first_id, page.last_id) == (True, page.data[0].id, page.data[1].id)
+    assert not client.responses.input_items.list(second.id, limit=6).has_more
     for query, param in [("limit=0", "limit"), ("limit=x", "limit"), ("order=up", "order"), ("after=msg_x", "after"), ("page=2", "page")]:
         reply = served.http.get(f"/v1/responses/{second.id}/input_items?{query}")
         assert reply.status_code == 400 and reply.json()["error"]["param"] == param

@@ -264,6 +264,7 @@ WEB = {"type": "input_image", "image_url": "https://example.com/a.png"}
         ({"metadata": {"a": 1}}, "metadata.a", "valid string"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16"),
         ({"metadata": {"a": "b" * 513}}, "metadata.a", "at most 512"),
+        ({"previous_response_id": ""}, "previous_response_id", "there is no response '' to continue"),
         ({"previous_response_id": "resp_x"}, "previous_response_id", "there is no response 'resp_x' to continue"),
     ],
 )
