@@ -153,6 +153,7 @@ def test_events_are_a_grammar_and_add_up(steps: list[ChatEvent]):
     }  # fmt: skip
     text = "".join(letters[EVENT.validate_python(event).type] for event in events)
     assert re.fullmatch(r"cp(\[\(t*T\)\])?(\[a*A\])*(!|(\[a*\])?\?)", text), text
+    assert text.count("A") == sum(isinstance(step, ToolCallEnd) for step in steps)  # a call that was cut off is never done
     output = events[-1]["response"]["output"]
     assert output == [event["item"] for event in events if event["type"] == "response.output_item.done"] and output
     for index, item in enumerate(output):
