@@ -34,6 +34,8 @@ from herd.serve.keys import Guard, KeyFile, KeyRefused
 from herd.serve.messages import add_messages
 from herd.serve.metrics import Metrics
 from herd.serve.page import add_page
+from herd.serve.responses import add_responses
+from herd.serve.responses_store import TABLES as RESPONSES
 from herd.serve.store import Store
 from herd.serve.tokens import add_tokens
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from herd.engine.stats import Stats
 
 
-TABLES: tuple[str, ...] = ()  # of all that keep something in the store
+TABLES: tuple[str, ...] = (*RESPONSES,)  # of all that keep something in the store
 OPEN = frozenset({"/", "/web/{name}", "/health", "/ready"})  # routes that ask for no key: the page asks its reader
 
 
@@ -80,6 +82,7 @@ def make_app(
     app.add_exception_handler(HTTPException, _http_error)
     add_openai_routes(app, backend, config, metrics)
     add_messages(app, backend, config, metrics)
+    add_responses(app, backend, config, metrics, store)
     if isinstance(backend, TextBackend):
         add_completions(app, backend, config, metrics)
         add_tokens(app, backend, config)

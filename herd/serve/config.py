@@ -17,6 +17,8 @@ class ServeConfig:
     keys_file: Path | None = None  # where `herd keys` keeps keys; none: keys.json in herd's folder, if it exists
     port: int = 8000  # TCP port; 0 takes any free one
     data_folder: Path | None = None  # for stored responses, files and batches; none: one for the port, in herd's folder
+    responses_gib: float = 1.0  # of stored responses (/v1/responses); those go first that were not used for longest; 0 stores none
+    responses_days: float = 30.0  # after which a stored response goes that was not continued
     max_body_bytes: int = 64 << 20  # of one request; images travel inside it as base64
     ping_s: float = 15.0  # seconds of silence after which a stream gets a comment, so that no proxy hangs up
     shutdown_s: int = 10  # seconds that replies under way get to end when the server stops
@@ -24,6 +26,9 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port}; it must lie between 0 and 65535", "give a --port in that range", param="port")
-        for name in ("max_body_bytes", "ping_s", "shutdown_s"):
+        if not self.responses_gib >= 0:
+            text = f"responses_gib is {self.responses_gib}; it must not be below 0"
+            raise UsageError(text, "give a larger responses_gib", param="responses_gib")
+        for name in ("responses_days", "max_body_bytes", "ping_s", "shutdown_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0", f"give a larger {name}", param=name)

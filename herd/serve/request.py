@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from herd.chat import ChatRequest, Format, Image, Message, Role, Sampling, Tool, ToolCall, ToolChoice
 from herd.errors import PromptError, UsageError
-from herd.serve.schema import ChatBody, ChatMessage, Choice, FunctionTool, ResponseFormat, Sampled, StructuredOutputs
+from herd.serve.schema import ChatBody, ChatMessage, Choice, Drawing, FunctionTool, ResponseFormat, StructuredOutputs
 from herd.text.images import from_data_uri
 
 SEEDS = 1 << 64
@@ -45,7 +45,7 @@ def tools(wire: Sequence[FunctionTool] | None) -> tuple[Tool, ...]:
     )
 
 
-def sampling(body: Sampled, **more: Any) -> Sampling:
+def sampling(body: Drawing, **more: Any) -> Sampling:
     """How a reply is drawn: the fields that all bodies share, and `more`. What is None is left to `Sampling`."""
     given = {
         "temperature": body.temperature,
@@ -72,7 +72,7 @@ def nth(sampling: Sampling, place: int) -> Sampling:
     return replace(sampling, seed=(sampling.seed + place + SEEDS // 2) % SEEDS - SEEDS // 2)
 
 
-def cache_salt(body: Sampled, caller: tuple[str, ...] = ()) -> tuple[str, ...]:
+def cache_salt(body: Drawing, caller: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Who shares computed prefixes with this request: those with the same words."""
     return caller if body.prompt_cache_key is None else (*caller, "prompt_cache_key", body.prompt_cache_key)
 
@@ -86,7 +86,7 @@ def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
     return {int(token): bias for token, bias in biases.items()}
 
 
-def _format(body: Sampled) -> Format | None:
+def _format(body: Drawing) -> Format | None:
     """The one format that the body asks for; the wire form has seen to it that there is no second."""
     if isinstance(body, ChatBody) and body.response_format is not None and body.response_format.type != "text":
         return _response_format(body.response_format)

@@ -208,21 +208,17 @@ def _strings(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class Sampled(Wire):
-    """What requests for a reply have in common: how it is drawn and how it is sent."""
+class Drawing(Wire):
+    """What requests for a reply have in common in all of OpenAI's APIs: how it is drawn."""
 
-    model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: int | None = None  # reply i of n has seed + i
     stop: Annotated[Annotated[list[str], Field(max_length=4)] | None, BeforeValidator(_strings)] = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     prompt_cache_key: str | None = None  # OpenAI routes by it; here, only requests with the same key share computed prefixes
     # what follows are extensions: herd's, vLLM's and others'
     top_k: int | None = None
@@ -239,12 +235,30 @@ class Sampled(Wire):
     formats: ClassVar[tuple[str, ...]] = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.stream_options and not self.stream:
-            raise problem("is given, but stream is not true", "set stream, or leave stream_options out", field="stream_options")
+    def _has_one_format(self) -> Self:
         given = [name for name in self.formats if getattr(self, name) not in (None, ResponseFormat(type="text"))]
         if len(given) > 1:
             raise problem(f"is given, and {given[0]} too", "a reply has one format: give one of them", field=given[1])
+        return self
+
+
+class Length(Wire):
+    """Which model, and how much of it."""
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+
+
+class Sampled(Drawing, Length):
+    """What chat completions and completions have in common: how replies are drawn, how many, and how they are sent."""
+
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise problem("is given, but stream is not true", "set stream, or leave stream_options out", field="stream_options")
         return self
 
 

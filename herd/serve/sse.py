@@ -7,7 +7,7 @@ is read. A failure after that is `data: {"error": {...}}`, on which OpenAI's cli
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from herd.errors import HerdError
 from herd.serve.connection import while_connected
 from herd.serve.errors import error_object, shown
 
@@ -32,11 +33,13 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncGenerator[bytes, None], ping_s: float) -> None:
+    def __init__(self, lines: AsyncGenerator[bytes, None], ping_s: float, failure: Callable[[HerdError], bytes] | None = None) -> None:
+        """failure: the lines that tell of one, where an API has its own."""
         # nginx would else collect a reply before passing it on
         super().__init__(lines, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self.lines = lines
         self.ping_s = ping_s
+        self.failure = failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         clock = asyncio.get_running_loop().time
@@ -76,7 +79,13 @@ class EventStream(StreamingResponse):
         except Exception as error:
             if not started:
                 raise
-            failure = error_object(shown(error, scope["state"]["request_id"]), scope["path"])
-            name = b"event: error\n" if "type" in failure else b""  # Anthropic's events have names
-            await send({"type": "http.response.body", "body": name + data(failure), "more_body": True})
+            told = shown(error, scope["state"]["request_id"])
+            lines = self.failure(told) if self.failure else _failure(told, scope["path"])
+            await send({"type": "http.response.body", "body": lines, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _failure(error: HerdError, path: str) -> bytes:
+    failure = error_object(error, path)
+    name = b"event: error\n" if "type" in failure else b""  # Anthropic's events have names
+    return name + data(failure)
