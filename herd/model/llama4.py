@@ -91,7 +91,7 @@ class Llama4(nn.Module):
         self, tokens: Tensor, positions: Tensor, attend: Attend, features: Tensor | None = None, *, patches: Tensor | None = None
     ) -> Tensor:
         """What the last layer leaves, before the last norm: [T, D]. Arguments as for `forward`."""
-        x = self.embed(tokens)  # [T, D]
+        x: Tensor = self.embed(tokens)  # [T, D]
         if features is not None:
             if patches is None:
                 patches = (tokens == self.config.patch_id).nonzero().squeeze(-1)

@@ -22,7 +22,7 @@ LENGTHS = [1, 2, 15, 16, 17, 40, 70]
 
 @torch.no_grad()
 def hidden_mean(reference: Llama4ForConditionalGeneration, tokens: list[int]) -> torch.Tensor:
-    states = reference.model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
+    states = reference.language_model.model(input_ids=torch.tensor([tokens])).last_hidden_state[0]
     return states.mean(0) / states.mean(0).norm()
 
 
