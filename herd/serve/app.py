@@ -23,12 +23,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
-from herd.chat import Backend, TextBackend
+from herd.chat import Backend, EmbeddingBackend, TextBackend
 from herd.errors import HerdError, ResourceError, nearest
 from herd.serve.api import add_openai_routes
 from herd.serve.completions import add_completions
 from herd.serve.config import ServeConfig
 from herd.serve.connection import Door
+from herd.serve.embeddings import add_embeddings
 from herd.serve.errors import RequestError, error_reply, shown
 from herd.serve.keys import Guard, KeyFile, KeyRefused
 from herd.serve.messages import add_messages
@@ -83,6 +84,8 @@ def make_app(
     if isinstance(backend, TextBackend):
         add_completions(app, backend, config, metrics)
         add_tokens(app, backend, config)
+    if isinstance(backend, EmbeddingBackend):
+        add_embeddings(app, backend, config)
     _add_probes(app, metrics, is_healthy, states)
     add_page(app)
     return app
