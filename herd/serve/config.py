@@ -18,12 +18,16 @@ class ServeConfig:
     port: int = 8000  # TCP port; 0 takes any free one
     data_folder: Path | None = None  # for stored responses, files and batches; none: one for the port, in herd's folder
     max_body_bytes: int = 64 << 20  # of one request; images travel inside it as base64
+    max_file_bytes: int = 200 << 20  # of one uploaded file
+    max_stored_bytes: int = 10 << 30  # of all files together; those that batches leave count, but are kept whatever there is
+    max_batch_lines: int = 100_000  # requests in one batch
+    batch_width: int = 8  # requests of all batches that are computed side by side
     ping_s: float = 15.0  # seconds of silence after which a stream gets a comment, so that no proxy hangs up
     shutdown_s: int = 10  # seconds that replies under way get to end when the server stops
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port}; it must lie between 0 and 65535", "give a --port in that range", param="port")
-        for name in ("max_body_bytes", "ping_s", "shutdown_s"):
+        for name in ("max_body_bytes", "max_file_bytes", "max_stored_bytes", "max_batch_lines", "batch_width", "ping_s", "shutdown_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0", f"give a larger {name}", param=name)
