@@ -167,6 +167,7 @@ class ChatRequest:
     cache_salt: tuple[str, ...] = ()  # only requests with the same words share what was computed of their prompts
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    background: bool = False  # nobody waits for it: it may take what time and room other requests leave
 
     def __post_init__(self) -> None:
         known = [tool.name for tool in self.tools]
@@ -189,6 +190,15 @@ class TextRequest:
     begin: bool = True  # put a begin-of-text token before a text, where the model has one
     sampling: Sampling = field(default_factory=Sampling)
     cache_salt: tuple[str, ...] = ()  # as of a `ChatRequest`
+    background: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embedding:
+    """A text as a vector."""
+
+    vector: tuple[float, ...]  # of length 1
+    num_tokens: int  # of the text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,4 +342,13 @@ class TextBackend(Backend, Protocol):
 
     async def detokenize(self, model: str, tokens: tuple[int, ...]) -> str:
         """The text of tokens, special ones by name."""
+        ...
+
+
+@runtime_checkable
+class EmbeddingBackend(Backend, Protocol):
+    """A backend that turns texts into vectors too."""
+
+    async def embed(self, request: TextRequest) -> Embedding:
+        """The vector of the request's prompt; `sampling` is of no matter."""
         ...

@@ -14,6 +14,7 @@ from herd.engine.disk import DiskStore
 from herd.engine.grammar import Grammars, Masks
 from herd.engine.inputs import build_inputs
 from herd.engine.lookup import Lookup
+from herd.engine.mean import Mean
 from herd.engine.pages import Pages, kept_dtype
 from herd.engine.prefix import Chain, Placed
 from herd.engine.runner import Runner
@@ -80,11 +81,15 @@ class Engine:
         salt: bytes = b"",
         tools: tuple[Tool, ...] = (),
         tool_choice: ToolChoice | None = None,
+        *,
+        background: bool = False,
+        mean: Mean | None = None,
     ) -> Sequence:
         """Make a sequence that is sure to fit. Raises `ContextError` or `PromptError` with the numbers, and `UsageError` for a format or
         tools that cannot be enforced. Safe from any thread.
 
         salt: only sequences with the same one share what they have computed.  tools: those whose calls are looked for in the reply.
+        background: compute it after all others.  mean: takes up the prompt's states, and there is no reply.
         """
         length, room = len(prompt.tokens), self.context_tokens
         if not length:
@@ -133,11 +138,13 @@ class Engine:
             stop_ids=frozenset() if sampling.ignore_eos else frozenset(self.model.stop_ids),
             max_reply=wanted or room - length,
             patches=patches,
-            lookup=Lookup(self.config.draft_tokens),
+            lookup=Lookup(self.config.draft_tokens if mean is None else 0),
             chain=Chain(page_tokens=self.config.page_tokens, salt=salt, images=images),
             emit=emit,
             arrived=self.watch.clock(),
             reader=reader,
+            background=background,
+            mean=mean,
         )
 
     def advised(self, sampling: Sampling) -> Sampling:

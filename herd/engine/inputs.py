@@ -1,6 +1,8 @@
 """From a plan to tensors: the packed tokens of a step and where each kind of layer writes and reads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ from herd.engine.pages import Pages
 from herd.engine.scheduler import Piece, Plan
 from herd.model.config import ModelConfig
 from herd.ops.attend import Paged, Reach
+
+Keep = Callable[[Callable[[Tensor], Tensor], Tensor], None]  # (the model's last norm, states [T, D])
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,7 @@ class Inputs:
     attend: Paged
     features: Tensor | None  # [n, D] of images
     patches: Tensor  # [n] which of the T they replace
+    keep: Keep | None = None  # is given the states after the last layer, where somebody wants them
 
 
 def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
@@ -55,7 +60,15 @@ def build_inputs(plan: Plan, pages: Pages, model: ModelConfig) -> Inputs:
         ),
         features=torch.cat(seen) if seen else None,
         patches=torch.tensor(patches, dtype=torch.int64, device=device),
+        keep=partial(_take_means, pieces) if any(piece.sequence.mean is not None for piece in pieces) else None,
     )
+
+
+def _take_means(pieces: list[Piece], norm: Callable[[Tensor], Tensor], states: Tensor) -> None:
+    """Take up the states [T, D] of those pieces whose mean is wanted, after the last norm."""
+    for piece, part in zip(pieces, torch.split(states, [piece.stop - piece.start for piece in pieces]), strict=True):
+        if piece.sequence.mean is not None:
+            piece.sequence.mean.add(norm(part), piece.start)
 
 
 def reach(pieces: list[Piece], pages: Pages, chunk_tokens: int | None, *, is_local: bool) -> Reach:

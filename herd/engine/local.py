@@ -19,6 +19,7 @@ from herd.chat import (
     ChatEvent,
     ChatRequest,
     Done,
+    Embedding,
     Image,
     Message,
     Sampling,
@@ -34,6 +35,7 @@ from herd.engine.border import Border
 from herd.engine.config import EngineConfig
 from herd.engine.disk import DiskStore, fingerprint
 from herd.engine.engine import Engine
+from herd.engine.mean import Mean
 from herd.engine.memory import hand_back
 from herd.engine.pages import kept_dtype
 from herd.engine.reply import Reply
@@ -272,7 +274,8 @@ class Local:
 
         def made(engine: Engine, emit: Emit) -> Sequence:
             prompt = model.prompt(request)
-            return engine.sequence(prompt, request.sampling, emit, _salt(request.cache_salt), tools=tools, tool_choice=choice)
+            salt, background = _salt(request.cache_salt), request.background
+            return engine.sequence(prompt, request.sampling, emit, salt, tools=tools, tool_choice=choice, background=background)
 
         has_images = any(isinstance(part, Image) for message in request.messages for part in message.content)
         async with aclosing(self._replied(model, made, has_images=has_images)) as events:
@@ -285,11 +288,24 @@ class Local:
 
         def made(engine: Engine, emit: Emit) -> Sequence:
             prompt = model.plain_prompt(request.prompt, begin=request.begin)
-            return engine.sequence(prompt, request.sampling, emit, _salt(request.cache_salt))
+            return engine.sequence(prompt, request.sampling, emit, _salt(request.cache_salt), background=request.background)
 
         async with aclosing(self._replied(model, made)) as events:
             async for event in events:
                 yield event
+
+    async def embed(self, request: TextRequest) -> Embedding:
+        """A text as a vector, computed among the replies that are under way."""
+        model, mean = self._model(request.model), Mean()
+
+        def made(engine: Engine, emit: Emit) -> Sequence:
+            prompt = model.plain_prompt(request.prompt, begin=request.begin)
+            return engine.sequence(prompt, Sampling(), emit, background=request.background, mean=mean)
+
+        async with aclosing(self._replied(model, made)) as events:
+            async for _ in events:
+                pass
+        return mean.embedding
 
     async def tokenize(self, request: ChatRequest | TextRequest) -> Tokenized:
         """A request's prompt, as its model reads it."""

@@ -250,7 +250,7 @@ class Pages:
 
     def reuse(self, sequence: Sequence) -> int:
         """Take over pages that hold what the sequence has to compute next; how many tokens that saves. The last is always computed."""
-        if not self.keeps:
+        if not self.keeps or not sequence.shares:
             return 0
         size, tokens = self.page_tokens, sequence.tokens
         first = sequence.num_computed // size  # a page that was begun is given up for a full one
@@ -301,7 +301,7 @@ class Pages:
     def keys(self, sequence: Sequence, start: int, stop: int) -> list[bytes]:
         """Keys of the pages in which tokens [start, stop) lie, of those that the sequence's tokens fill; none where nothing is kept."""
         size = self.page_tokens
-        last = min(-(-stop // size), len(sequence.tokens) // size) if self.keeps else 0
+        last = min(-(-stop // size), len(sequence.tokens) // size) if self.keeps and sequence.shares else 0
         return [sequence.chain.key(sequence.tokens, page) for page in range(start // size, last)]
 
     def release(self, sequence: Sequence) -> None:

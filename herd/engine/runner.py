@@ -40,8 +40,10 @@ class Runner:
         """Logits of the wanted rows: [n, V] float32."""
         if self.whole is not None:
             return self.whole(inputs)
-        if self.graphs is not None and self.graphs.takes(inputs):
+        if self.graphs is not None and inputs.keep is None and self.graphs.takes(inputs):
             return self.graphs(inputs)
         attend = paged(inputs.attend)
-        logits: Tensor = self.model(inputs.tokens, inputs.positions, attend, inputs.features, patches=inputs.patches, rows=inputs.rows)
-        return logits
+        states = self.model.states(inputs.tokens, inputs.positions, attend, inputs.features, patches=inputs.patches)
+        if inputs.keep is not None:
+            inputs.keep(self.model.norm, states)
+        return self.model.logits(states[inputs.rows])

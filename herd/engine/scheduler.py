@@ -7,10 +7,15 @@ Pages are taken when a piece is planned, and before that taken over where anothe
 sequence that arrived last gives its own up and goes back to the queue. Its tokens are kept, and of its pages those that nobody needed
 meanwhile; the rest is computed again later, so nothing that a reader saw is lost. The one that arrived first therefore always gets on, and
 since a sequence that could never fit is refused at the door, every sequence ends.
+
+Sequences in the background count as arrived after all others, in the queue and among the running, and give way to one that waits. Beside
+others that decode they are paid for as prompts are, decoding or not, once no prompt of the others is left: so the pace holds against them
+too, and they get on in what it leaves. With nobody else there they are computed as any.
 """
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from herd.chat import ChatEvent
@@ -73,15 +78,15 @@ class Scheduler:
         self.config, self.pages, self.shelf = config, pages, shelf
         self.pace, self.payoff = Pace(config.pace), Payoff()
         self.tally = Tally()
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        self.waiting: deque[Sequence] = deque()  # this and the next in order of arrival, those in the background behind the others
+        self.running: list[Sequence] = []
 
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.insert(len(self.waiting) if sequence.background else _num_front(self.waiting), sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence away before its end, wherever it is, and free its pages; one that has ended is already forgotten."""
@@ -101,17 +106,26 @@ class Scheduler:
         """Plan a step. Empty only when idle."""
         plan = Plan()
         left = self.config.step_tokens
-        while self.waiting and len(self.running) < self.config.max_sequences and self._admit(self.waiting[0]):
-            pass
-        decoding = [s for s in self.running if s.num_waiting == 1]
+        self._let_in()
+        front = [s for s in self.running if not s.background] or self.running.copy()
+        decoding = [s for s in front if s.num_waiting == 1]
         for others_left, sequence in zip(reversed(range(len(decoding))), decoding, strict=True):
             left -= self._plan(plan, sequence, max(min(left, 1), left - others_left), len(decoding) - 1)
-        self._plan_prompts(plan, left)
+        self._plan_prompts(plan, left, [s for s in front if s.num_waiting > 1] or self.running[len(front) :])
         return plan
 
-    def _plan_prompts(self, plan: Plan, left: int) -> None:
+    def _let_in(self) -> None:
+        """Let the queue's first ones run, as far as there is room; for one of the foreground, those in the background make some."""
+        while self.waiting:
+            first = self.waiting[0]
+            if len(self.running) < self.config.max_sequences and self._admit(first):
+                continue
+            if first.background or not self.running or not self.running[-1].background:
+                return
+            self._send_back()
+
+    def _plan_prompts(self, plan: Plan, left: int, prompts: list[Sequence]) -> None:
         """Fill up a step with `left` tokens at most, beside decoding sequences also no more than the pace allows."""
-        prompts = [s for s in self.running if s.num_waiting > 1]
         order = [*prompts[:1], *sorted(prompts[1:], key=lambda s: s.num_waiting)]
         keys = {s: self.pages.keys_seen(s.num_computed) for s in order}
         wanted_s = {s: s.num_waiting * self.pace.token_s(keys[s]) for s in order}
@@ -122,7 +136,7 @@ class Scheduler:
             budget = left - kept
             if left_s < math.inf:
                 budget = min(budget, self.pace.tokens(left_s - kept_s, keys[sequence], plan.num_tokens))
-            count = self._plan(plan, sequence, budget)
+            count = self._plan(plan, sequence, budget, len(plan.pieces))
             left, left_s = left - count, max(kept_s, left_s - count * self.pace.token_s(keys[sequence]))
             kept, kept_s = 0, 0.0
 
@@ -134,6 +148,10 @@ class Scheduler:
             if not piece.num_rows:
                 self._computed(piece.sequence, piece.stop)
         events: list[tuple[Sequence, ChatEvent | HerdError]] = []
+        for sequence in [piece.sequence for piece in plan.pieces if not piece.sequence.num_waiting]:  # it was all to be computed
+            events.append((sequence, sequence.read()))
+            tally.prompt_tokens += sequence.num_prompt
+            tally.finished["stop"] += self._forget(sequence)
         for piece, drawn in zip(plan.due, tokens, strict=True):
             sequence = piece.sequence
             if isinstance(drawn, HerdError):
@@ -154,12 +172,14 @@ class Scheduler:
 
     def _computed(self, sequence: Sequence, stop: int) -> None:
         self.pages.computed(sequence, stop)
-        if self.shelf:
+        if self.shelf and sequence.shares:
             self.shelf.put(sequence)
 
     def learn(self, plan: Plan, seconds: float) -> None:
         """Take note of how long the computation of `plan` took."""
-        prompts = [(piece.stop - piece.start, self.pages.keys_seen(piece.start)) for piece in plan.prompts]
+        has_front = any(not piece.sequence.background for piece in plan.pieces)
+        paid = [piece for piece in plan.pieces if not piece.is_decoding or (has_front and piece.sequence.background)]
+        prompts = [(piece.stop - piece.start, self.pages.keys_seen(piece.start)) for piece in paid]
         if len(prompts) < len(plan.pieces):
             self.pace.saw(sum(count for count, _ in prompts), sum(count * keys for count, keys in prompts), seconds)
         self.payoff.saw(plan.num_tokens, seconds)
@@ -189,22 +209,27 @@ class Scheduler:
             if not self.pages.grow(sequence, start + 1 + len(drafts)):
                 drafts, num_guesses = [], 0  # nobody gives way to a guess
         while not self.pages.grow(sequence, start + count):
-            victim = self.running.pop()
-            self.pages.release(victim)
-            self.waiting.appendleft(victim)
-            self.tally.preempted += 1
+            victim = self._send_back()
             plan.pieces[:] = [piece for piece in plan.pieces if piece.sequence is not victim]
             if victim is sequence:
                 return 0
-        is_due = count == sequence.num_waiting
+        is_due = count == sequence.num_waiting and sequence.mean is None
         count += len(drafts)
         plan.pieces.append(Piece(sequence, start, start + count, is_due + len(drafts), drafts, num_guesses))
         plan.under_way.update(keys)
         return count
 
+    def _send_back(self) -> Sequence:
+        """Let the last of the running give way: it goes back to the head of its part of the queue."""
+        victim = self.running.pop()
+        self.pages.release(victim)
+        self.waiting.insert(_num_front(self.waiting) if victim.background else 0, victim)
+        self.tally.preempted += 1
+        return victim
+
     def _admit(self, sequence: Sequence) -> bool:
         """Let the first of the queue run if the rest of it would fit now, beside what the running lack; less would make others give way."""
-        if self.shelf:
+        if self.shelf and sequence.shares:
             self.shelf.restore(sequence)
         saved = self.pages.reuse(sequence)
         lacking = [self.pages.lacking(s, len(s.tokens)) for s in (*self.running, sequence)]
@@ -213,7 +238,7 @@ class Scheduler:
             self.pages.release(sequence)
             return False
         self._count(sequence, saved)
-        self.running.append(self.waiting.popleft())
+        self.running.insert(len(self.running) if sequence.background else _num_front(self.running), self.waiting.popleft())
         return True
 
     def _count(self, sequence: Sequence, saved: int) -> None:
@@ -221,3 +246,8 @@ class Scheduler:
         self.tally.hit_tokens += saved
         sequence.num_cached += max(0, min(sequence.num_computed, sequence.num_prompt) - sequence.num_reached)
         sequence.num_reached = max(sequence.num_reached, sequence.num_computed)
+
+
+def _num_front(line: Iterable[Sequence]) -> int:
+    """How many of those in line are not in the background; they stand first."""
+    return sum(not sequence.background for sequence in line)

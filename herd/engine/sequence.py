@@ -11,6 +11,7 @@ from torch import Tensor
 
 from herd.chat import ChatEvent, Done, Drawn, FinishReason, Text, TopToken, Usage
 from herd.engine.lookup import Lookup
+from herd.engine.mean import Mean
 from herd.engine.payoff import Payoff
 from herd.engine.prefix import Chain
 from herd.engine.sampler import Sampler
@@ -36,6 +37,8 @@ class Sequence:
     lookup: Lookup  # guesses at what the reply goes on with
     emit: Emit  # receives events; an error is the last one
     reader: CallReader | None = None  # finds calls of tools in the text; None where there are no tools
+    background: bool = False  # computed after all others, in the time and room that they leave
+    mean: Mean | None = None  # where a vector of the prompt is wanted, and no reply
     flush: Callable[[], None] | None = None  # called when a step has emitted all its events, once for all sequences that have the same
     tokens: list[int] = field(init=False)  # prompt and reply
     num_computed: int = 0  # tokens whose keys and values are in pages
@@ -55,6 +58,11 @@ class Sequence:
     @property
     def num_prompt(self) -> int:
         return len(self.prompt.tokens)
+
+    @property
+    def shares(self) -> bool:
+        """Whether it takes over what others have computed, and they what it has: a mean needs every token's state anew."""
+        return self.mean is None
 
     @property
     def reply_left(self) -> int:
@@ -90,6 +98,11 @@ class Sequence:
             if self.finish:
                 break
         return events
+
+    def read(self) -> Done:
+        """The end of a sequence that gets no reply."""
+        self.finish = "stop"
+        return Done(reason="stop", usage=Usage(prompt_tokens=self.num_prompt, completion_tokens=0))
 
     def _accept(self, token: int, *, is_last: bool) -> list[ChatEvent]:
         """is_last: nothing can follow it."""

@@ -95,6 +95,8 @@ class WholeStep:
         )
         self.native.step(self._table, step)
         del local_kept, full_kept
+        if inputs.keep is not None:
+            inputs.keep(self.model.norm, x)
         return self.model.logits(x[inputs.rows]) if logits is None else logits
 
 

@@ -84,7 +84,14 @@ class Llama4(nn.Module):
         patches: which of the T they replace; every `<|patch|>` if None, but one that a model wrote itself stands for no image.
         rows: [n] the tokens whose logits are wanted, all if None.  Returns [n or T, V] float32.
         """
-        x = self.embed(tokens)  # [T, D]
+        x = self.states(tokens, positions, attend, features, patches=patches)
+        return self.logits(x if rows is None else x[rows])
+
+    def states(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, features: Tensor | None = None, *, patches: Tensor | None = None
+    ) -> Tensor:
+        """What the last layer leaves, before the last norm: [T, D]. Arguments as for `forward`."""
+        x: Tensor = self.embed(tokens)  # [T, D]
         if features is not None:
             if patches is None:
                 patches = (tokens == self.config.patch_id).nonzero().squeeze(-1)
@@ -92,7 +99,7 @@ class Llama4(nn.Module):
         places = Places.of(self.config, positions)
         for block in self.layers:
             x = block(x, places, attend)
-        return self.logits(x if rows is None else x[rows])
+        return x
 
     def logits(self, x: Tensor) -> Tensor:
         """The last norm and the head: [n, D] -> [n, V] float32."""

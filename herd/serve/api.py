@@ -15,7 +15,7 @@ from herd.chat import Backend
 from herd.errors import ModelNotFound, nearest
 from herd.serve.choices import Told, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, read_body, while_connected
+from herd.serve.connection import caller, is_background, read_body, while_connected
 from herd.serve.metrics import Metrics
 from herd.serve.replies import chunks, completion
 from herd.serve.request import chat_request, nth
@@ -43,7 +43,7 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metri
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, config.max_body_bytes)
         check_model(backend, body.model)
-        asked = chat_request(body, caller(request))
+        asked = replace(chat_request(body, caller(request)), background=is_background(request))
         count = body.n or 1
         told = Told(body.model, metrics)
         # the first reads the prompt, and the others take over what it has computed

@@ -23,13 +23,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
-from herd.chat import Backend, TextBackend
+from herd.chat import Backend, EmbeddingBackend, TextBackend
 from herd.errors import HerdError, ResourceError, nearest
 from herd.serve.api import add_openai_routes
+from herd.serve.batches import Batches, add_batches
 from herd.serve.completions import add_completions
 from herd.serve.config import ServeConfig
 from herd.serve.connection import Door
+from herd.serve.embeddings import add_embeddings
 from herd.serve.errors import RequestError, error_reply, shown
+from herd.serve.files import BATCHES_TABLE, FILES_TABLE, Files, add_files
 from herd.serve.keys import Guard, KeyFile, KeyRefused
 from herd.serve.messages import add_messages
 from herd.serve.metrics import Metrics
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from herd.engine.stats import Stats
 
 
-TABLES: tuple[str, ...] = (*RESPONSES,)  # of all that keep something in the store
+TABLES: tuple[str, ...] = (*RESPONSES, FILES_TABLE, BATCHES_TABLE)  # of all that keep something in the store
 OPEN = frozenset({"/", "/web/{name}", "/health", "/ready"})  # routes that ask for no key: the page asks its reader
 
 
@@ -73,7 +76,9 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        batches.start()
         yield
+        await batches.stop()
         store.close()
 
     app = FastAPI(title="herd", openapi_url=None, redirect_slashes=False, dependencies=[Depends(admit)], lifespan=lifespan)
@@ -86,6 +91,12 @@ def make_app(
     if isinstance(backend, TextBackend):
         add_completions(app, backend, config, metrics)
         add_tokens(app, backend, config)
+    if isinstance(backend, EmbeddingBackend):
+        add_embeddings(app, backend, config)
+    files = Files(store, config)
+    batches = Batches(app, files, config, is_healthy)
+    add_files(app, files)
+    add_batches(app, batches, config)
     _add_probes(app, metrics, is_healthy, states)
     add_page(app)
     return app

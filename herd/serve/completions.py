@@ -18,7 +18,7 @@ from herd.chat import MOST_TOP_LOGPROBS, Done, Drawn, Fold, Text, TextBackend, T
 from herd.serve.api import check_model
 from herd.serve.choices import Replies, Told, at_least, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, read_body, while_connected
+from herd.serve.connection import caller, is_background, read_body, while_connected
 from herd.serve.metrics import Metrics
 from herd.serve.request import cache_salt, nth, sampling
 from herd.serve.schema import Sampled
@@ -29,7 +29,7 @@ MOST_REPLIES = 2048  # of one request: prompts times n
 DEFAULT_TOKENS = 16  # OpenAI's default of max_tokens here
 
 
-def _prompts(prompt: Any) -> Any:
+def texts_or_tokens(prompt: Any) -> Any:
     """Always a list of texts and lists of tokens."""
     if isinstance(prompt, str):
         return [prompt]
@@ -48,7 +48,7 @@ def _are_tokens(item: Any) -> bool:
 class CompletionBody(Sampled):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
+    prompt: Annotated[list[Any], BeforeValidator(texts_or_tokens)]
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
 
@@ -64,13 +64,13 @@ class CompletionBody(Sampled):
             raise problem(text, "send several requests", field="prompt")
         return self
 
-    def requests(self, who: tuple[str, ...]) -> list[TextRequest]:
+    def requests(self, who: tuple[str, ...], *, background: bool = False) -> list[TextRequest]:
         """One for each reply, those to the same prompt side by side."""
         drawn = sampling(self, max_tokens=self.max_tokens or DEFAULT_TOKENS, logprobs=self.logprobs)
         salt = cache_salt(self, who)
         prompts = [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in self.prompt]
         return [
-            TextRequest(model=self.model, prompt=prompt, sampling=nth(drawn, place), cache_salt=salt)
+            TextRequest(model=self.model, prompt=prompt, sampling=nth(drawn, place), cache_salt=salt, background=background)
             for prompt in prompts
             for place in range(self.n or 1)
         ]
@@ -83,7 +83,7 @@ def add_completions(app: FastAPI, backend: TextBackend, config: ServeConfig, met
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, config.max_body_bytes)
         check_model(backend, body.model)
-        asked = body.requests(caller(request))
+        asked = body.requests(caller(request), background=is_background(request))
         said = [await _text(backend, one) if body.echo else "" for one in asked]
         told = Told(body.model, metrics)
         replies = told.read(side_by_side([backend.complete(one) for one in asked]))

@@ -20,6 +20,10 @@ class ServeConfig:
     responses_gib: float = 1.0  # of stored responses (/v1/responses); those go first that were not used for longest; 0 stores none
     responses_days: float = 30.0  # after which a stored response goes that was not continued
     max_body_bytes: int = 64 << 20  # of one request; images travel inside it as base64
+    max_file_bytes: int = 200 << 20  # of one uploaded file
+    max_stored_bytes: int = 10 << 30  # of all files together; those that batches leave count, but are kept whatever there is
+    max_batch_lines: int = 100_000  # requests in one batch
+    batch_width: int = 8  # requests of all batches that are computed side by side
     ping_s: float = 15.0  # seconds of silence after which a stream gets a comment, so that no proxy hangs up
     shutdown_s: int = 10  # seconds that replies under way get to end when the server stops
 
@@ -29,6 +33,7 @@ class ServeConfig:
         if not self.responses_gib >= 0:
             text = f"responses_gib is {self.responses_gib}; it must not be below 0"
             raise UsageError(text, "give a larger responses_gib", param="responses_gib")
-        for name in ("responses_days", "max_body_bytes", "ping_s", "shutdown_s"):
+        positive = ("responses_days", "max_body_bytes", "max_file_bytes", "max_stored_bytes", "max_batch_lines", "batch_width")
+        for name in (*positive, "ping_s", "shutdown_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0", f"give a larger {name}", param=name)

@@ -74,6 +74,21 @@ def caller(request: Request) -> tuple[str, ...]:
     return found
 
 
+def is_background(request: Request) -> bool:
+    """Whether nobody waits for the reply: it comes from a batch."""
+    return getattr(request.state, "background", False)
+
+
+def check_origin(request: Request) -> None:
+    """Raises `RequestError` when a page of another site sends it. For routes whose requests are such that a browser lets any page send
+    them to a server on its user's own machine without asking that server first: forms, and posts without a body. Browsers name the page's
+    origin in every such request; other clients name none.
+    """
+    origin = request.headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+        raise RequestError(403, f"a page of {origin[:100]!r} may not send this", "send it from a program, or from this server's own page")
+
+
 async def read_body(request: Request, form: type[Form], max_bytes: int) -> Form:
     """The body as `form`. Raises `RequestError` when it is too large or not sent as JSON, `UsageError` when it does not fit the form.
 

@@ -7,6 +7,7 @@ event is sent, so that who has it can continue at once. A response that fails, o
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, get_args
 
 from fastapi import FastAPI, Request
@@ -17,7 +18,7 @@ from herd.errors import UsageError, nearest
 from herd.serve.api import check_model
 from herd.serve.choices import Told, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, read_body, while_connected
+from herd.serve.connection import caller, is_background, read_body, while_connected
 from herd.serve.metrics import Metrics
 from herd.serve.responses_events import Answer, Event, line, new_id
 from herd.serve.responses_request import chat_request, given_items, head, in_words_of_responses
@@ -43,7 +44,7 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
             previous = body.previous_response_id
             past = [] if previous is None else [Item.model_validate(told) for told in kept.past(who, previous)]
             new = given_items(body, past, lambda id, param: Item.model_validate(kept.item(who, id, param)))
-            asked = chat_request(body, past, new, caller(request))
+            asked = replace(chat_request(body, past, new, caller(request)), background=is_background(request))
         inputs = [item.told(new_id("msg" if item.type == "message" else "fc")) for item in new]
         if is_stored:
             kept.check_room(who, inputs, previous)

@@ -4,6 +4,8 @@ The native kernels give a token's logits the same bits in any company, so there 
 nothing else to do. In plain torch the last place of a logit differs, and draws from a model as undecided as the tiny one now and then with
 it (once in 25,000 tokens, where top_p ranks two equal logits); there it is the packed forward's greedy replies.
 
+Some sequences are in the background, and of some prompts it is not a reply that is wanted but the mean of their states.
+
 HERD_SCHEDULES says how many are tried: HERD_SCHEDULES=5000 make test ARGS=tests/engine/test_schedules.py
 """
 
@@ -14,10 +16,12 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch
 
 from herd.chat import Done, Format, Sampling
 from herd.engine.engine import Engine
 from herd.engine.local import Model
+from herd.engine.mean import Mean
 from herd.engine.sequence import Sequence
 from herd.ops.native import kernels
 from herd.text.images import Tiles
@@ -25,7 +29,7 @@ from herd.text.prompt import Prompt
 from herd.text.tokenizer import byte_tokenizer
 from tests.engine.test_whole import SMALL, blocks_model
 
-from .greedy import greedy_reply
+from .greedy import greedy_reply, packed_mean
 from .test_engine import GREEDY, image_prompt, is_clean, make_engine, plain_prompt, random_prompt, shrink
 from .test_lookup import Oracle
 
@@ -68,6 +72,17 @@ def alone(model: Model, prompt: Prompt, sampling: Sampling) -> list[int]:
     return list(events[-1].tokens)
 
 
+def mean_alone(model: Model, prompt: Prompt) -> torch.Tensor:
+    """The same for the mean of a prompt's states."""
+    if model.tiling:
+        return packed_mean(model, prompt)
+    engine, mean = make_engine(model), Mean()
+    engine.scheduler.add(engine.sequence(prompt, GREEDY, lambda event: None, mean=mean))
+    while not engine.scheduler.is_idle:
+        engine.step()
+    return torch.tensor(mean.embedding.vector)
+
+
 def starved_engine(model: Model, rng: random.Random) -> Engine:
     """Random sizes, and pages for little more than the longest sequence."""
     page_tokens = rng.choice([1, 2, 4, 4, 8, 16])
@@ -102,9 +117,15 @@ def check_tables(engine: Engine) -> None:
         assert all(pages.full.holders[page] == 1 for page in sequence.full_table[sequence.num_computed // pages.page_tokens :])
 
 
+def check_order(engine: Engine) -> None:
+    """Whoever is in the background stands behind all others."""
+    for line in (engine.scheduler.running, engine.scheduler.waiting):
+        assert [s.background for s in line] == sorted(s.background for s in line)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_greedy_replies_are_the_packed_forwards(tiny: Model, seed: int) -> None:
-    run(tiny, random.Random(seed), [GREEDY])
+    run(tiny, random.Random(seed), [GREEDY], atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -123,8 +144,9 @@ def test_drawn_replies_are_those_of_an_engine_with_nothing_else_to_do(native: Mo
     )
 
 
-def run(model: Model, rng: random.Random, samplings: list[Sampling]) -> None:
-    """Arrivals, prefixes that are shared, images, guesses, aborts, starvation of both kinds of pages; at the end nothing is held."""
+def run(model: Model, rng: random.Random, samplings: list[Sampling], atol: float = 0.0) -> None:
+    """Arrivals in front and in the background, prefixes that are shared, images, guesses, means, aborts, starvation of both kinds of
+    pages; at the end nothing is held."""
     engine = starved_engine(model, rng)
     prompts: list[Prompt] = []
     for _ in range(rng.randint(1, 8)):
@@ -133,13 +155,18 @@ def run(model: Model, rng: random.Random, samplings: list[Sampling]) -> None:
     want: dict[Sequence, list[int]] = {}
     found: dict[Sequence, list[int]] = {}
     aborted: set[Sequence] = set()
+    means: dict[Sequence, torch.Tensor] = {}
     for _ in range(3000):
         if coming and rng.random() < 0.3:
             prompt = coming.pop(rng.randrange(len(coming)))
             sampling = replace(rng.choice(samplings), max_tokens=rng.randint(1, 24))
-            sequence = engine.sequence(prompt, sampling, lambda event: None, salt=rng.choice([b"", b"", b"", b"x"]))
-            want[sequence] = alone(model, prompt, sampling)
-            if engine.config.draft_tokens and rng.random() < 0.7:
+            salt, background = rng.choice([b"", b"", b"", b"x"]), rng.random() < 0.4
+            mean = Mean() if rng.random() < 0.2 else None
+            sequence = engine.sequence(prompt, sampling, lambda event: None, salt=salt, background=background, mean=mean)
+            want[sequence] = alone(model, prompt, sampling) if mean is None else []
+            if mean is not None:
+                means[sequence] = mean_alone(model, prompt)
+            elif engine.config.draft_tokens and rng.random() < 0.7:
                 sequence.lookup = Oracle(sequence.num_prompt, tuple(want[sequence]), rng)
             engine.scheduler.add(sequence)
         if want and rng.random() < 0.02:
@@ -154,8 +181,11 @@ def run(model: Model, rng: random.Random, samplings: list[Sampling]) -> None:
             if isinstance(event, Done):
                 found[sequence] = list(event.tokens)
         check_tables(engine)
+        check_order(engine)
     assert engine.scheduler.is_idle and not coming
     assert is_clean(engine)
     for sequence, reply in want.items():
         if sequence not in aborted:
             assert found[sequence] == reply
+            if sequence.mean is not None:
+                torch.testing.assert_close(torch.tensor(sequence.mean.embedding.vector), means[sequence], atol=atol, rtol=0)
