@@ -70,6 +70,8 @@ def _uri(image: Image) -> str:
 
 def _read(message: dict[str, Any]) -> Message:
     content = message.get("content")
+    if not isinstance(content, str | list):
+        raise PromptError(f"the content of a message is {content!r:.40}", "give a text, or a list of parts")
     parts = [_opened(part) for part in content] if isinstance(content, list) else content
     read = read_message({**message, "content": parts})
     if read.role not in ("system", "user", "assistant"):
