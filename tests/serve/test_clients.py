@@ -149,7 +149,13 @@ def test_langchain(url: str) -> None:
     assert whole.response_metadata["finish_reason"] in ("stop", "length")
     chunks = list(model.stream(asked))
     assert "".join(chunk.content for chunk in chunks) == whole.content and any(chunk.usage_metadata for chunk in chunks)
-    assert asyncio.run(model.ainvoke(asked)).content == whole.content
+
+    async def ask() -> Any:
+        reply = await model.ainvoke(asked)
+        await model.root_async_client.close()
+        return reply.content
+
+    assert asyncio.run(ask()) == whole.content
     assert [reply.content for reply in model.batch([asked, asked])] == [whole.content] * 2
     for method in ("json_schema", "function_calling"):
         assert isinstance(model.with_structured_output(Weather, method=method).invoke("It rains in Oslo."), Weather), method
@@ -159,6 +165,7 @@ def test_langchain(url: str) -> None:
     assert all(isinstance(result, ToolMessage) for result in results)
     after = model.bind_tools([get_weather], tool_choice="none").invoke([*asked, calling, *results])
     assert after.content and not after.tool_calls
+    model.root_client.close()
 
 
 def test_llm(url: str, tmp_path: Path) -> None:
