@@ -18,7 +18,7 @@ class Reply(Iterator[str]):
     ) -> None:
         """stay: ended with the reply, or where there cannot be one."""
         self._fold = Fold()
-        self._events: queue.SimpleQueue[ChatEvent | HerdError] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[ChatEvent | HerdError | None] = queue.SimpleQueue()  # None: stopped
         try:
             sequence = stay.thread.engine.sequence(prompt, sampling, self._events.put, tools=tools, tool_choice=choice)
             stay.thread.submit(sequence)
@@ -28,8 +28,18 @@ class Reply(Iterator[str]):
         self._held: tuple[Stay, Sequence] | None = (stay, sequence)  # until it has ended: a reply that is kept must keep no weights
 
     def __next__(self) -> str:
+        return self.next_within(None)
+
+    def next_within(self, timeout_s: float | None) -> str:
+        """The next piece, or "" where none has come in that time. Raises `StopIteration` at the end."""
         while self._held:
-            event = self._events.get()
+            try:
+                event = self._events.get(timeout=timeout_s)
+            except queue.Empty:
+                return ""
+            if event is None:
+                self.close()
+                break
             if isinstance(event, Done | HerdError):
                 self._leave()
             if isinstance(event, HerdError):
@@ -71,6 +81,10 @@ class Reply(Iterator[str]):
         """Ids of the whole reply, its stop token included."""
         done = self.whole.done
         return done.tokens if done else ()
+
+    def stop(self) -> None:
+        """End it after what has come, which can still be read; `done` stays None. For another thread or a signal handler."""
+        self._events.put(None)
 
     def close(self) -> None:
         """Stop computing; pieces that have not been read are lost."""

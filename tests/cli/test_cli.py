@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from herd.checkpoint.load import open_source
-from herd.cli.chat import parse
 from herd.cli.inspect import ops_report
 from herd.cli.main import VERBS, main
+from herd.cli.terminal.said import parse
 from herd.ops.native import kernels
 from herd.ops.pick import OPS, TABLE, ways
 

@@ -1,0 +1,1 @@
+"""What `herd chat` shows in a terminal and reads from it."""
