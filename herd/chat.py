@@ -333,3 +333,7 @@ class TextBackend(Backend, Protocol):
     async def detokenize(self, model: str, tokens: tuple[int, ...]) -> str:
         """The text of tokens, special ones by name."""
         ...
+
+    def context_tokens(self, model: str) -> int | None:
+        """Room for a prompt and its reply together; None while it is not known."""
+        ...

@@ -93,6 +93,11 @@ class Model:
     def config(self) -> ModelConfig:
         return self.thread.engine.model
 
+    @property
+    def context_tokens(self) -> int | None:
+        """Room for a prompt and its reply together; None before it was ever in memory."""
+        return self._resident.context_tokens
+
     def load(self) -> None:
         """Return when it is in memory."""
         self._resident.load()
@@ -265,6 +270,10 @@ class Local:
     def stats(self) -> dict[str, Stats | None]:
         """What the engines hold and have done, None for those that are not in memory."""
         return {name: model.stats() for name, model in self._models.items()}
+
+    def context_tokens(self, model: str) -> int | None:
+        """Room for a prompt and its reply together; None where the model has not been loaded yet."""
+        return self._model(model).context_tokens
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """Stream one reply, after its model has been loaded where it is not; closing the generator frees its sequence."""

@@ -54,6 +54,7 @@ class Resident:
         self._going: threading.Thread | None = None  # of the engine before, which may not be gone yet
         self._stays: WeakSet[Stay] = WeakSet()
         self._last_used = clock()
+        self.context_tokens: int | None = None  # of the engine that was here last; None before there was one
 
     @property
     def state(self) -> State:
@@ -84,6 +85,7 @@ class Resident:
             engine = self._open()
             with self._guard:  # before its thread may ask whether it may go again
                 self._last_used = self._clock()
+                self.context_tokens = engine.context_tokens
                 self._thread = EngineThread(engine, self.name, WeakMethod(self._may_go) if self.idle_s else None)
 
     def stay_if_loaded(self) -> Stay | None:

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from herd.chat import Backend
+from herd.chat import Backend, TextBackend
 from herd.errors import ModelNotFound, nearest
 from herd.serve.choices import Told, folded, side_by_side
 from herd.serve.config import ServeConfig
@@ -29,7 +29,9 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metri
 
     def model(name: str) -> dict[str, Any]:
         check_model(backend, name)
-        return {"id": name, "object": "model", "created": created, "owned_by": "herd"}
+        room = backend.context_tokens(name) if isinstance(backend, TextBackend) else None
+        told = {} if room is None else {"context_length": room, "max_model_len": room}  # OpenRouter's word, and vLLM's
+        return {"id": name, "object": "model", "created": created, "owned_by": "herd", **told}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
