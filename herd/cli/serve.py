@@ -11,7 +11,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from herd.checkpoint.store import home
 from herd.cli.keys import default_file
 from herd.engine.config import EngineConfig
-from herd.engine.local import Local, load, short_name
+from herd.engine.local import Local, load
+from herd.engine.opening import short_name
 from herd.engine.trace import TraceFile
 from herd.errors import UsageError
 from herd.serve.config import ServeConfig
@@ -59,7 +60,7 @@ def run(options: Options) -> int:
     listener = bind(config)  # before the models: a taken port should cost a moment
     trace = TraceFile(options.trace) if options.trace else None
     loaded = partial(load, config=options.engine, idle_s=options.idle_s, lazy=options.lazy, trace=trace)
-    backend = Local([loaded(name) for name in options.models])
+    backend = Local([loaded(name) for name in options.models], stuck_s=config.stuck_s)
     names = backend.models()
     comes_and_goes = len(names) > 1 or options.lazy or options.idle_s > 0
 

@@ -70,6 +70,12 @@ class Resident:
         return thread.failure if thread else None
 
     @property
+    def step_s(self) -> float:
+        """Seconds that the step has lasted which the engine is in; 0 between steps, and where it is not here."""
+        thread = self._thread
+        return thread.step_s if thread else 0.0
+
+    @property
     def engine(self) -> Engine | None:
         """The engine if it is here; asking brings none back."""
         thread = self._thread

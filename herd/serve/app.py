@@ -99,8 +99,10 @@ def _add_probes(app: FastAPI, metrics: Metrics, is_healthy: Callable[[], bool], 
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        is_well = is_healthy()
-        return JSONResponse({"status": "ready" if is_well else "failed"}, status_code=200 if is_well else 503)
+        models = states().values()
+        # a model that is not in memory answers too, after a while; where it is on its way, ask again
+        status = "failed" if not is_healthy() else "loading" if models and set(models) == {"loading"} else "ready"
+        return JSONResponse({"status": status}, status_code=200 if status == "ready" else 503)
 
     @app.get("/metrics")
     async def tell() -> Response:
@@ -160,7 +162,7 @@ class Server(uvicorn.Server):
             "log_config": None,
             "log_level": "warning",
             "timeout_keep_alive": 75,  # above what clients keep idle connections for, so that none is closed as it is used again
-            "timeout_graceful_shutdown": config.shutdown_s,
+            "timeout_graceful_shutdown": config.drain_s,
         }
         super().__init__(uvicorn.Config(app, **choices))
         self.ready = ready
@@ -178,7 +180,7 @@ class Server(uvicorn.Server):
 
 
 def run(app: FastAPI, listener: socket.socket, config: ServeConfig, ready: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C or SIGTERM, in the main thread. Replies under way get `config.shutdown_s` to end; a second Ctrl-C waits no longer.
+    """Serve until Ctrl-C or SIGTERM, in the main thread. Replies under way get `config.drain_s` to end; a second Ctrl-C waits no longer.
 
     ready: called with the server's address once it answers.
     """

@@ -19,11 +19,12 @@ class ServeConfig:
     data_folder: Path | None = None  # for stored responses, files and batches; none: one for the port, in herd's folder
     max_body_bytes: int = 64 << 20  # of one request; images travel inside it as base64
     ping_s: float = 15.0  # seconds of silence after which a stream gets a comment, so that no proxy hangs up
-    shutdown_s: int = 10  # seconds that replies under way get to end when the server stops
+    stuck_s: float = 300.0  # seconds that a step may last before /health fails and those who wait for it are told
+    drain_s: int = 10  # seconds that replies under way get to end when the server stops
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port}; it must lie between 0 and 65535", "give a --port in that range", param="port")
-        for name in ("max_body_bytes", "ping_s", "shutdown_s"):
+        for name in ("max_body_bytes", "ping_s", "stuck_s", "drain_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0", f"give a larger {name}", param=name)

@@ -1,5 +1,6 @@
 """How a failure is told to a client: OpenAI's error object, and never a traceback."""
 
+import math
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -35,9 +36,21 @@ def error_object(error: HerdError, path: str = "") -> dict[str, Any]:
     return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code}}
 
 
-_ANTHROPIC = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
+_ANTHROPIC = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 def error_reply(error: HerdError, path: str = "") -> JSONResponse:
     """The whole reply to a request that failed."""
-    return JSONResponse(error_object(error, path), status_code=error.http_status)
+    return JSONResponse(error_object(error, path), status_code=error.http_status, headers=retry_headers(error))
+
+
+def retry_headers(error: HerdError) -> dict[str, str]:
+    """When to ask again: HTTP's header in whole seconds, and the one that OpenAI's and Anthropic's clients read before it."""
+    seconds = error.retry_after_s
+    return {} if seconds is None else {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}

@@ -17,7 +17,8 @@ from herd.chat import ChatRequest, Message, Sampling, Text
 from herd.checkpoint.quantize import quantize_checkpoint
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
-from herd.engine.local import Local, Model, open_engine
+from herd.engine.local import Local, Model
+from herd.engine.opening import open_engine
 from herd.engine.resident import Resident
 from herd.errors import HerdError, UsageError
 from herd.ops.native import kernels

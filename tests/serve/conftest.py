@@ -37,7 +37,7 @@ def live(
     states: Callable[[], Mapping[str, str]] = dict,
     stats: Callable[[], Mapping[str, Any]] = dict,
 ) -> Iterator[Live]:
-    config = config or ServeConfig(port=0, shutdown_s=1)
+    config = config or ServeConfig(port=0, drain_s=1)
     listener = bind(config)
     urls: list[str] = []
     ready = threading.Event()
