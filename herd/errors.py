@@ -65,6 +65,12 @@ class ResourceError(HerdError):
     http_status = 503
 
 
+class BusyError(ResourceError):
+    """There is too much to do just now."""
+
+    code = "server_busy"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The known name most like `name` as a phrase for a hint, or "" when nothing is like it."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

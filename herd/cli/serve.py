@@ -1,6 +1,7 @@
 """Serve models over OpenAI's API. Only this machine can reach it unless --host says otherwise."""
 
 import os
+import threading
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -74,8 +75,15 @@ def run(options: Options) -> int:
 
     states = backend.states if comes_and_goes else dict[str, str]
     app = make_app(backend, config, is_healthy=backend.is_healthy, states=states, stats=backend.stats)
-    run_server(app, listener, config, ready)
+    run_server(app, listener, config, ready, lambda is_second: _end_within(2 if is_second else config.drain_s + 4, int(is_second)))
     return 0
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """End the process by then, whatever it does: a thread that is inside a kernel, a driver or a disk cannot be ended by itself."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def _with_keys(config: ServeConfig) -> ServeConfig:

@@ -15,7 +15,7 @@ from herd.chat import Backend, TextBackend
 from herd.errors import ModelNotFound, nearest
 from herd.serve.choices import Told, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, read_body, while_connected
+from herd.serve.connection import caller, meter, read_body, while_connected
 from herd.serve.metrics import Metrics
 from herd.serve.replies import chunks, completion
 from herd.serve.request import chat_request, nth
@@ -47,7 +47,7 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metri
         check_model(backend, body.model)
         asked = chat_request(body, caller(request))
         count = body.n or 1
-        told = Told(body.model, metrics)
+        told = Told(body.model, metrics, meter(request))
         # the first reads the prompt, and the others take over what it has computed
         streams = [backend.chat(replace(asked, sampling=nth(asked.sampling, place))) for place in range(count)]
         replies = told.read(side_by_side(streams))

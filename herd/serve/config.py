@@ -18,6 +18,9 @@ class ServeConfig:
     port: int = 8000  # TCP port; 0 takes any free one
     data_folder: Path | None = None  # for stored responses, files and batches; none: one for the port, in herd's folder
     max_body_bytes: int = 64 << 20  # of one request; images travel inside it as base64
+    max_requests: int = 512  # under way at once, those that wait in the queue included; more get 503 and Retry-After
+    requests_per_minute: int = 0  # of each key that has no limit of its own, or of all callers where no keys are asked for; 0: no limit
+    tokens_per_minute: int = 0  # the same, of tokens that are read and written; what was computed before is free
     ping_s: float = 15.0  # seconds of silence after which a stream gets a comment, so that no proxy hangs up
     stuck_s: float = 300.0  # seconds that a step may last before /health fails and those who wait for it are told
     drain_s: int = 10  # seconds that replies under way get to end when the server stops
@@ -25,6 +28,9 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port}; it must lie between 0 and 65535", "give a --port in that range", param="port")
-        for name in ("max_body_bytes", "ping_s", "stuck_s", "drain_s"):
+        for name in ("max_body_bytes", "max_requests", "ping_s", "stuck_s", "drain_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0", f"give a larger {name}", param=name)
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 (no limit) or more", param=name)

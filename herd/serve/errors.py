@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from herd.errors import HerdError, UsageError
+from herd.errors import BusyError, HerdError, UsageError
 from herd.log import log
 
 
@@ -22,7 +22,7 @@ def shown(error: Exception, request_id: str) -> HerdError:
     if not isinstance(error, HerdError):
         log.error("request %s failed", request_id, exc_info=error)
         return HerdError("the server failed on this request", f"its log has the reason under request id {request_id}")
-    if error.http_status >= 500:
+    if error.http_status >= 500 and not isinstance(error, BusyError):  # which comes by the thousand
         log.error("request %s failed: %s", request_id, error.message)
     return error
 
@@ -53,4 +53,6 @@ def error_reply(error: HerdError, path: str = "") -> JSONResponse:
 def retry_headers(error: HerdError) -> dict[str, str]:
     """When to ask again: HTTP's header in whole seconds, and the one that OpenAI's and Anthropic's clients read before it."""
     seconds = error.retry_after_s
-    return {} if seconds is None else {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
+    if seconds is None:
+        return {}
+    return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000)), "x-should-retry": "true"}

@@ -34,7 +34,7 @@ from herd.chat import (
 from herd.serve.api import check_model
 from herd.serve.choices import Replies, Told, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, read_body, while_connected
+from herd.serve.connection import caller, meter, read_body, while_connected
 from herd.serve.metrics import Metrics
 from herd.serve.request import read_data_uri
 from herd.serve.sse import EventStream, data
@@ -234,7 +234,7 @@ def add_messages(app: FastAPI, backend: Backend, config: ServeConfig, metrics: M
     async def messages(request: Request) -> Response:
         body = await read_body(request, MessagesBody, config.max_body_bytes)
         check_model(backend, body.model)
-        told = Told(body.model, metrics)
+        told = Told(body.model, metrics, meter(request))
         replies = told.read(side_by_side([backend.chat(body.request(body.sampling(), caller(request)))]))
         reply = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": body.model, "stop_sequence": None}
         if body.stream:
