@@ -16,6 +16,7 @@ from herd.errors import ModelNotFound, nearest
 from herd.serve.choices import Told, folded, side_by_side
 from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, meter, read_body, while_connected
+from herd.serve.fetch import fetched
 from herd.serve.metrics import Metrics
 from herd.serve.replies import chunks, completion
 from herd.serve.request import chat_request, nth
@@ -45,7 +46,7 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metri
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, config.max_body_bytes)
         check_model(backend, body.model)
-        asked = chat_request(body, caller(request))
+        asked = chat_request(body, caller(request), await fetched(request, body))
         count = body.n or 1
         told = Told(body.model, metrics, meter(request))
         # the first reads the prompt, and the others take over what it has computed

@@ -31,6 +31,7 @@ from herd.serve.completions import add_completions
 from herd.serve.config import ServeConfig
 from herd.serve.connection import Door
 from herd.serve.errors import RequestError, error_reply, shown
+from herd.serve.fetch import Fetcher
 from herd.serve.keys import Guard, KeyFile, KeyRefused
 from herd.serve.limits import Limits
 from herd.serve.messages import add_messages
@@ -55,12 +56,14 @@ def make_app(
     is_healthy: Callable[[], bool] = lambda: True,
     states: Callable[[], Mapping[str, str]] = dict,
     stats: "Callable[[], Mapping[str, Stats | None]]" = dict,
+    fetcher: Fetcher | None = None,
 ) -> FastAPI:
     """OpenAI's API over a backend, and the chat page.
 
     is_healthy: whether the backend still answers; when it says no, so does /health, and a supervisor may start the server anew.
     states: of models that come and go, by name, which /health tells too.
     stats: of the engines, by model, for /metrics.
+    fetcher: of images by address; none: as the config says.
     """
     metrics = Metrics(stats)
     store = Store(config.data_folder, TABLES)
@@ -84,6 +87,9 @@ def make_app(
         store.close()
 
     app = FastAPI(title="herd", openapi_url=None, redirect_slashes=False, dependencies=[Depends(admit)], lifespan=lifespan)
+    if fetcher is None and config.image_urls:
+        fetcher = Fetcher(max_bytes=config.image_url_bytes, total_s=config.image_url_s)
+    app.state.fetcher, app.state.max_body_bytes = fetcher, config.max_body_bytes
     app.add_middleware(Door, metrics=metrics, room=Room(config.max_requests))
     app.add_exception_handler(HerdError, _herd_error)
     app.add_exception_handler(HTTPException, _http_error)
