@@ -1,6 +1,7 @@
 """Serve models over OpenAI's API. Only this machine can reach it unless --host says otherwise."""
 
 import os
+import resource
 import threading
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -58,6 +59,7 @@ def run(options: Options) -> int:
     served = [short_name(name) for name in options.models]
     if len(set(served)) < len(served):
         raise UsageError(f"two models would be served under one name: {', '.join(served)}", "rename a folder")
+    _allow_many_files()
     listener = bind(config)  # before the models: a taken port should cost a moment
     trace = TraceFile(options.trace) if options.trace else None
     loaded = partial(load, config=options.engine, idle_s=options.idle_s, lazy=options.lazy, trace=trace)
@@ -94,3 +96,11 @@ def _with_keys(config: ServeConfig) -> ServeConfig:
     if file is None and default_file().exists():
         file = default_file()
     return replace(config, api_key=config.api_key or os.environ.get("HERD_API_KEY", ""), keys_file=file)
+
+
+def _allow_many_files() -> None:
+    """As many as the system lets this process ask for: each connection is one, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -23,6 +23,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from herd.chat import Backend, TextBackend
 from herd.errors import HerdError, ResourceError, nearest
@@ -37,6 +38,7 @@ from herd.serve.limits import Limits
 from herd.serve.messages import add_messages
 from herd.serve.metrics import Metrics
 from herd.serve.page import add_page
+from herd.serve.protocol import Protocol
 from herd.serve.room import Room
 from herd.serve.store import Store
 from herd.serve.tokens import add_tokens
@@ -89,8 +91,11 @@ def make_app(
     app = FastAPI(title="herd", openapi_url=None, redirect_slashes=False, dependencies=[Depends(admit)], lifespan=lifespan)
     if fetcher is None and config.image_urls:
         fetcher = Fetcher(max_bytes=config.image_url_bytes, total_s=config.image_url_s)
-    app.state.fetcher, app.state.max_body_bytes = fetcher, config.max_body_bytes
+    app.state.fetcher, app.state.config = fetcher, config
     app.add_middleware(Door, metrics=metrics, room=Room(config.max_requests))
+    if config.allow_origin:  # else a browser lets no page but the server's own read a reply
+        all_ = ("*",)
+        app.add_middleware(CORSMiddleware, allow_origins=config.allow_origin, allow_methods=all_, allow_headers=all_, expose_headers=all_)
     app.add_exception_handler(HerdError, _herd_error)
     app.add_exception_handler(HTTPException, _http_error)
     add_openai_routes(app, backend, config, metrics)
@@ -173,6 +178,7 @@ class Server(uvicorn.Server):
         self, app: FastAPI, config: ServeConfig, ready: Callable[[str], None], stopping: Callable[[bool], None] = lambda _: None
     ) -> None:
         choices: dict[str, Any] = {
+            "http": Protocol,
             "ws": "none",
             "server_header": False,
             "access_log": False,

@@ -18,6 +18,8 @@ class ServeConfig:
     port: int = 8000  # TCP port; 0 takes any free one
     data_folder: Path | None = None  # for stored responses, files and batches; none: one for the port, in herd's folder
     max_body_bytes: int = 64 << 20  # of one request; images travel inside it as base64
+    body_s: float = 120.0  # seconds that a body may take to arrive
+    allow_origin: tuple[str, ...] = ()  # origins of web pages that may use this server from a browser, such as https://example.com
     image_urls: bool = False  # fetch images by http(s) address, from public ones alone; else they come as data: URIs
     image_url_bytes: int = 20 << 20  # of one that is fetched
     image_url_s: float = 10.0  # seconds that fetching one may take
@@ -31,7 +33,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port}; it must lie between 0 and 65535", "give a --port in that range", param="port")
-        for name in ("max_body_bytes", "image_url_bytes", "image_url_s", "max_requests", "ping_s", "stuck_s", "drain_s"):
+        for name in ("max_body_bytes", "body_s", "image_url_bytes", "image_url_s", "max_requests", "ping_s", "stuck_s", "drain_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0", f"give a larger {name}", param=name)
         for name in ("requests_per_minute", "tokens_per_minute"):

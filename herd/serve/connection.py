@@ -100,11 +100,16 @@ async def read_body(request: Request, form: type[Form], max_bytes: int) -> Form:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(415, f"content-type is {kind!r}; herd reads application/json", "send the header content-type: application/json")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise RequestError(413, f"the body is larger than {max_bytes:,} bytes, the limit", "send less, or raise --max-body-bytes")
+    body, limit_s = bytearray(), request.app.state.config.body_s
+    try:
+        async with asyncio.timeout(limit_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > max_bytes:
+                    problem = f"the body is larger than {max_bytes:,} bytes, the limit"
+                    raise RequestError(413, problem, "send less, or raise --max-body-bytes")
+    except TimeoutError:
+        raise RequestError(408, f"the body did not come within {limit_s:g} s", "send it faster, or raise --body-s") from None
     try:
         found = form.model_validate_json(body)
     except ValidationError as error:

@@ -23,7 +23,7 @@ def shown(error: Exception, request_id: str) -> HerdError:
         log.error("request %s failed", request_id, exc_info=error)
         return HerdError("the server failed on this request", f"its log has the reason under request id {request_id}")
     if error.http_status >= 500 and not isinstance(error, BusyError):  # which comes by the thousand
-        log.error("request %s failed: %s", request_id, error.message)
+        log.error("request %s failed: %s", request_id, " ".join(error.message.split()))
     return error
 
 

@@ -204,7 +204,7 @@ async def fetched(request: Request, form: BaseModel) -> Mapping[str, Image]:
     wanted = dict(addresses(form))
     if fetcher is None or not wanted:
         return {}
-    room = request.app.state.max_body_bytes
+    room = request.app.state.config.max_body_bytes
 
     async def fetch_all() -> dict[str, Image]:
         async with asyncio.TaskGroup() as group:
