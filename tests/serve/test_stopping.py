@@ -124,6 +124,7 @@ def test_a_second_signal_waits_no_longer(tmp_path: Path):
         assert server.wait(30) in (0, 1)
 
 
+@pytest.mark.slow
 def test_two_servers_on_one_machine(tmp_path: Path):
     """Each has its port and its folder; who wants that of another is told, and the other goes on."""
     herd = ("-m", "herd.cli.main", "serve", "tiny", "--port", "0")
