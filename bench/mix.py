@@ -42,7 +42,7 @@ from herd.chat import Sampling
 from herd.checkpoint.convert import write
 from herd.checkpoint.load import open_model
 from herd.engine.config import EngineConfig
-from herd.engine.local import open_engine
+from herd.engine.opening import open_engine
 from herd.engine.sequence import Sequence
 from herd.log import log, show_logs
 from herd.model.presets import CRIA

@@ -21,8 +21,8 @@ import sys
 import torch
 
 from herd.engine.config import EngineConfig
-from herd.engine.local import open_engine
 from herd.engine.measure import active_bytes, run_random
+from herd.engine.opening import open_engine
 from herd.ops.native import kernels
 
 

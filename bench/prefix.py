@@ -32,7 +32,7 @@ from herd.checkpoint.quantize import quantized
 from herd.checkpoint.source import of_model
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
-from herd.engine.local import open_engine
+from herd.engine.opening import open_engine
 from herd.model.init import init_weights
 from herd.model.llama4 import build
 from herd.model.presets import SCOUT

@@ -20,7 +20,7 @@ from herd.checkpoint.load import load_model
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
 from herd.engine.inputs import build_inputs
-from herd.engine.local import open_engine
+from herd.engine.opening import open_engine
 from herd.engine.scheduler import Piece, Plan
 from herd.log import log, show_logs
 from herd.ops.attend import Packed

@@ -29,8 +29,8 @@ from versus import HERE, cpu
 from herd.chat import Message, Sampling
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
-from herd.engine.local import open_engine
 from herd.engine.lookup import Lookup
+from herd.engine.opening import open_engine
 from herd.engine.sampler import Sampler
 from herd.log import log, show_logs
 from herd.text.prompt import Prompt, render

@@ -14,8 +14,8 @@ import torch
 
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
-from herd.engine.local import open_engine
 from herd.engine.measure import run_random
+from herd.engine.opening import open_engine
 from herd.engine.trace import Trace, TraceFile
 
 TOKENS = 300

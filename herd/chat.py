@@ -344,6 +344,10 @@ class TextBackend(Backend, Protocol):
         """The text of tokens, special ones by name."""
         ...
 
+    def context_tokens(self, model: str) -> int | None:
+        """Room for a prompt and its reply together; None while it is not known."""
+        ...
+
 
 @runtime_checkable
 class EmbeddingBackend(Backend, Protocol):

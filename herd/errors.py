@@ -19,11 +19,12 @@ class HerdError(Exception):
     kind = "server_error"  # OpenAI's error `type`
     code: str | None = None  # OpenAI's error `code`
 
-    def __init__(self, message: str, hint: str = "", *, param: str | None = None) -> None:
+    def __init__(self, message: str, hint: str = "", *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.param = param  # the request field at fault, where there is one
+        self.retry_after_s = retry_after_s  # seconds after which to ask again, where that may help
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
@@ -62,6 +63,12 @@ class ResourceError(HerdError):
     """The machine cannot do it: disk full, port taken, no memory, download failed."""
 
     http_status = 503
+
+
+class BusyError(ResourceError):
+    """There is too much to do just now."""
+
+    code = "server_busy"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

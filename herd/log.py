@@ -9,10 +9,20 @@ from typing import Protocol
 log = logging.getLogger("herd")
 
 
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}  # tab and newline stay
+
+
+class _Plain(logging.Formatter):
+    """What comes from outside cannot colour a terminal, move its cursor or wipe a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).translate(_CONTROL)
+
+
 def show_logs(level: int = logging.INFO) -> None:
     """Send herd's log to stderr; the command line calls this once, a library user decides for himself."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Plain("%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(level)
     log.propagate = False

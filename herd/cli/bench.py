@@ -10,8 +10,8 @@ from tyro.conf import Positional, arg
 
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
-from herd.engine.local import open_engine
 from herd.engine.measure import measure
+from herd.engine.opening import open_engine
 from herd.engine.trace import TraceFile
 
 

@@ -1,6 +1,8 @@
 """Serve models over OpenAI's API. Only this machine can reach it unless --host says otherwise."""
 
 import os
+import resource
+import threading
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from herd.checkpoint.store import home
 from herd.cli.keys import default_file
 from herd.engine.config import EngineConfig
-from herd.engine.local import Local, load, short_name
+from herd.engine.local import Local, load
+from herd.engine.opening import short_name
 from herd.engine.trace import TraceFile
 from herd.errors import UsageError
 from herd.serve.config import ServeConfig
@@ -56,10 +59,11 @@ def run(options: Options) -> int:
     served = [short_name(name) for name in options.models]
     if len(set(served)) < len(served):
         raise UsageError(f"two models would be served under one name: {', '.join(served)}", "rename a folder")
+    _allow_many_files()
     listener = bind(config)  # before the models: a taken port should cost a moment
     trace = TraceFile(options.trace) if options.trace else None
     loaded = partial(load, config=options.engine, idle_s=options.idle_s, lazy=options.lazy, trace=trace)
-    backend = Local([loaded(name) for name in options.models])
+    backend = Local([loaded(name) for name in options.models], stuck_s=config.stuck_s)
     names = backend.models()
     comes_and_goes = len(names) > 1 or options.lazy or options.idle_s > 0
 
@@ -73,8 +77,15 @@ def run(options: Options) -> int:
 
     states = backend.states if comes_and_goes else dict[str, str]
     app = make_app(backend, config, is_healthy=backend.is_healthy, states=states, stats=backend.stats)
-    run_server(app, listener, config, ready)
+    run_server(app, listener, config, ready, lambda is_second: _end_within(2 if is_second else config.drain_s + 4, int(is_second)))
     return 0
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """End the process by then, whatever it does: a thread that is inside a kernel, a driver or a disk cannot be ended by itself."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def _with_keys(config: ServeConfig) -> ServeConfig:
@@ -85,3 +96,11 @@ def _with_keys(config: ServeConfig) -> ServeConfig:
     if file is None and default_file().exists():
         file = default_file()
     return replace(config, api_key=config.api_key or os.environ.get("HERD_API_KEY", ""), keys_file=file)
+
+
+def _allow_many_files() -> None:
+    """As many as the system lets this process ask for: each connection is one, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as ListLike
@@ -28,33 +29,27 @@ from herd.chat import (
     Tool,
     ToolChoice,
 )
-from herd.checkpoint.identity import weights_identity
-from herd.checkpoint.load import load_model, open_model
-from herd.checkpoint.source import Source
+from herd.checkpoint.load import open_model
 from herd.engine.border import Border
 from herd.engine.config import EngineConfig
-from herd.engine.disk import DiskStore, fingerprint
 from herd.engine.engine import Engine
 from herd.engine.mean import Mean
-from herd.engine.memory import hand_back
-from herd.engine.pages import kept_dtype
+from herd.engine.opening import open_engine, short_name
 from herd.engine.reply import Reply
 from herd.engine.resident import Resident, State, Stay
 from herd.engine.sequence import Emit, Sequence
 from herd.engine.stats import Stats
+from herd.engine.stuck import Patience, stuck_error
 from herd.engine.thread import EngineThread
 from herd.engine.trace import TraceFile
 from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError, nearest
-from herd.log import log
 from herd.model.config import ModelConfig
 from herd.model.llama4 import Llama4
-from herd.model.swap import activation_bits
 from herd.ops.attend import Packed
-from herd.ops.native import kernels
 from herd.text.callers import read_choice, read_message, read_tool
 from herd.text.images import Tiles, Tiling, open_image, read_image, tile
 from herd.text.prompt import Prompt, render
-from herd.text.tokenizer import Tokenizer, decode, tokenizer_of
+from herd.text.tokenizer import Tokenizer, decode
 
 
 class Model:
@@ -79,6 +74,11 @@ class Model:
         return self._resident.failure
 
     @property
+    def step_s(self) -> float:
+        """Seconds that the step which its engine is in has lasted; 0 between steps."""
+        return self._resident.step_s
+
+    @property
     def thread(self) -> EngineThread:
         """Its running engine."""
         return self._resident.stay().thread
@@ -94,6 +94,11 @@ class Model:
     @property
     def config(self) -> ModelConfig:
         return self.thread.engine.model
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Room for a prompt and its reply together; None before it was ever in memory."""
+        return self._resident.context_tokens
 
     def load(self) -> None:
         """Return when it is in memory."""
@@ -244,8 +249,9 @@ def _sampling(whole: Sampling | None, values: dict[str, Any]) -> Sampling:
 class Local:
     """The `Backend` of models that run in this process."""
 
-    def __init__(self, models: ListLike[Model]) -> None:
-        self._models = {model.name: model for model in models}
+    def __init__(self, models: ListLike[Model], *, stuck_s: float = math.inf) -> None:
+        """stuck_s: seconds that a step may last before its engine counts as stuck, and those who wait for it are told."""
+        self._models, self._stuck_s = {model.name: model for model in models}, stuck_s
         self._borders: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Border] = weakref.WeakKeyDictionary()
         # images are cut one request at a time: a small file can be a hundred megapixels, and texts should not wait behind them
         self._cutting = ThreadPoolExecutor(1, thread_name_prefix="herd-images")
@@ -261,12 +267,16 @@ class Local:
         return {name: model.state for name, model in self._models.items()}
 
     def is_healthy(self) -> bool:
-        """Whether no engine has died. A model that is not loaded is healthy: the first request for it loads it."""
-        return all(model.failure is None for model in self._models.values())
+        """Whether no engine has died or is stuck. A model that is not loaded is healthy: the first request for it loads it."""
+        return all(model.failure is None and model.step_s <= self._stuck_s for model in self._models.values())
 
     def stats(self) -> dict[str, Stats | None]:
         """What the engines hold and have done, None for those that are not in memory."""
         return {name: model.stats() for name, model in self._models.items()}
+
+    def context_tokens(self, model: str) -> int | None:
+        """Room for a prompt and its reply together; None where the model has not been loaded yet."""
+        return self._model(model).context_tokens
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """Stream one reply, after its model has been loaded where it is not; closing the generator frees its sequence."""
@@ -351,12 +361,15 @@ class Local:
             border = self._borders.setdefault(loop, Border(loop))
             events: asyncio.Queue[ChatEvent | HerdError] = asyncio.Queue()
             thread, emit = stay.thread, partial(border.post, events)
+            if thread.step_s > self._stuck_s:
+                raise stuck_error(self._stuck_s)
             if has_images:
                 sequence = await asyncio.wrap_future(self._cutting.submit(made, thread.engine, emit))
             else:
                 sequence = await asyncio.to_thread(made, thread.engine, emit)  # rendering and compiling a grammar take their time
             sequence.flush = border.flush
             thread.submit(sequence)
+            patience = Patience(thread, self._stuck_s, events.put_nowait)
             try:
                 while True:
                     event = await events.get()
@@ -366,6 +379,7 @@ class Local:
                     if isinstance(event, Done):
                         return
             finally:
+                patience.end()
                 thread.cancel(sequence)
 
 
@@ -407,44 +421,3 @@ def load(
     else:
         model.load()
     return model
-
-
-def short_name(name: str | Path) -> str:
-    """What a model is called by its clients: its short name, or the last part of its path."""
-    path = Path(name).resolve()
-    return path.stem if path.suffix == ".gguf" else path.name
-
-
-def open_engine(
-    name: str | Path,
-    *,
-    config: EngineConfig,
-    dtype: torch.dtype | None = None,
-    device: str | None = None,
-    trace: TraceFile | None = None,
-) -> Engine:
-    """The engine of a model, not yet running: for who wants to step it himself. Arguments and errors as for `load`."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, source = load_model(name, dtype=dtype, device=device, activation_bits=config.activation_bits)
-    tokenizer = tokenizer_of(source.files)
-    hand_back()  # parsing a vocabulary leaves tens of megabytes of holes
-    if config.kv_folder is not None and not model.config.global_layers:
-        log.warning("kv_folder is of no use: %s has no global layers, whose pages it is for", short_name(name))
-    engine = Engine(model, tokenizer, config, _store(name, model, source, config))
-    engine.trace = trace.engine(short_name(name)) if trace else None
-    return engine
-
-
-def _store(name: str | Path, model: Llama4, source: Source, config: EngineConfig) -> DiskStore | None:
-    """Where the engine keeps finished chunks over restarts, if its user has named a folder and the model has such."""
-    if config.prefix_folder is None:
-        return None
-    if not model.config.global_layers or not model.config.chunk_tokens:
-        log.warning("prefix_folder is of no use: %s has no layers whose keys outlast a chunk", short_name(name))
-        return None
-    dtype = model.norm.weight.dtype
-    road = "native" if kernels() is not None and dtype == torch.float32 else "plain"
-    computation = f"{dtype}, activations of {activation_bits(model)} bits, {road}"
-    kept = str(kept_dtype(config, model))
-    mark = fingerprint(model.config, weights_identity(name, source), kept, config.page_tokens, computation)
-    return DiskStore(config.prefix_folder, mark, int(config.prefix_gib * 2**30))

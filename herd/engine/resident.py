@@ -54,6 +54,7 @@ class Resident:
         self._going: threading.Thread | None = None  # of the engine before, which may not be gone yet
         self._stays: WeakSet[Stay] = WeakSet()
         self._last_used = clock()
+        self.context_tokens: int | None = None  # of the engine that was here last; None before there was one
 
     @property
     def state(self) -> State:
@@ -67,6 +68,12 @@ class Resident:
         """Why the engine has died, if it has; one that is not loaded has not."""
         thread = self._thread
         return thread.failure if thread else None
+
+    @property
+    def step_s(self) -> float:
+        """Seconds that the step has lasted which the engine is in; 0 between steps, and where it is not here."""
+        thread = self._thread
+        return thread.step_s if thread else 0.0
 
     @property
     def engine(self) -> Engine | None:
@@ -84,6 +91,7 @@ class Resident:
             engine = self._open()
             with self._guard:  # before its thread may ask whether it may go again
                 self._last_used = self._clock()
+                self.context_tokens = engine.context_tokens
                 self._thread = EngineThread(engine, self.name, WeakMethod(self._may_go) if self.idle_s else None)
 
     def stay_if_loaded(self) -> Stay | None:

@@ -3,6 +3,7 @@
 import atexit
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +38,17 @@ class EngineThread:
         """Why the engine has died, if it has."""
         return self._loop.failure
 
+    @property
+    def step_began(self) -> float | None:
+        """When the step began that the thread is in, by `time.monotonic`; None between steps."""
+        return self._loop.step_began
+
+    @property
+    def step_s(self) -> float:
+        """Seconds that the step has lasted which the thread is in; 0 between steps."""
+        began = self._loop.step_began
+        return 0.0 if began is None else time.monotonic() - began
+
     def submit(self, sequence: Sequence) -> None:
         """Start computing; raises the engine's failure if it has died."""
         if self.failure:
@@ -65,6 +77,7 @@ class _Loop:
         self.inbox: Inbox = queue.SimpleQueue()
         self.failure: HerdError | None = None
         self.at_exit: Callable[[], None] = lambda: None
+        self.step_began: float | None = None
         self.is_last = False  # the program ends, and its memory with it
         self._engine: Engine | None = engine
         self._may_go = may_go
@@ -107,7 +120,11 @@ class _Loop:
     # What follows is in functions of its own so that a thread which waits holds no sequence that has ended in a variable.
 
     def _step(self, engine: Engine) -> None:
-        events = engine.step()
+        self.step_began = time.monotonic()
+        try:
+            events = engine.step()
+        finally:
+            self.step_began = None
         for sequence, event in events:
             if isinstance(event, Done | HerdError):
                 self._live.discard(sequence)

@@ -11,11 +11,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from herd.chat import Backend
+from herd.chat import Backend, TextBackend
 from herd.errors import ModelNotFound, nearest
 from herd.serve.choices import Told, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, is_background, read_body, while_connected
+from herd.serve.connection import caller, is_background, meter, read_body, while_connected
+from herd.serve.fetch import fetched
 from herd.serve.metrics import Metrics
 from herd.serve.replies import chunks, completion
 from herd.serve.request import chat_request, nth
@@ -29,7 +30,9 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metri
 
     def model(name: str) -> dict[str, Any]:
         check_model(backend, name)
-        return {"id": name, "object": "model", "created": created, "owned_by": "herd"}
+        room = backend.context_tokens(name) if isinstance(backend, TextBackend) else None
+        told = {} if room is None else {"context_length": room, "max_model_len": room}  # OpenRouter's word, and vLLM's
+        return {"id": name, "object": "model", "created": created, "owned_by": "herd", **told}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -43,9 +46,10 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metri
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, config.max_body_bytes)
         check_model(backend, body.model)
-        asked = replace(chat_request(body, caller(request)), background=is_background(request))
+        asked = chat_request(body, caller(request), await fetched(request, body))
+        asked = replace(asked, background=is_background(request))
         count = body.n or 1
-        told = Told(body.model, metrics)
+        told = Told(body.model, metrics, meter(request))
         # the first reads the prompt, and the others take over what it has computed
         streams = [backend.chat(replace(asked, sampling=nth(asked.sampling, place))) for place in range(count)]
         replies = told.read(side_by_side(streams))

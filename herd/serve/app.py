@@ -13,6 +13,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -22,6 +23,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from herd.chat import Backend, EmbeddingBackend, TextBackend
 from herd.errors import HerdError, ResourceError, nearest
@@ -32,13 +34,17 @@ from herd.serve.config import ServeConfig
 from herd.serve.connection import Door
 from herd.serve.embeddings import add_embeddings
 from herd.serve.errors import RequestError, error_reply, shown
+from herd.serve.fetch import Fetcher
 from herd.serve.files import BATCHES_TABLE, FILES_TABLE, Files, add_files
 from herd.serve.keys import Guard, KeyFile, KeyRefused
+from herd.serve.limits import Limits
 from herd.serve.messages import add_messages
 from herd.serve.metrics import Metrics
 from herd.serve.page import add_page
+from herd.serve.protocol import Protocol
 from herd.serve.responses import add_responses
 from herd.serve.responses_store import TABLES as RESPONSES
+from herd.serve.room import Room
 from herd.serve.store import Store
 from herd.serve.tokens import add_tokens
 
@@ -57,22 +63,30 @@ def make_app(
     is_healthy: Callable[[], bool] = lambda: True,
     states: Callable[[], Mapping[str, str]] = dict,
     stats: "Callable[[], Mapping[str, Stats | None]]" = dict,
+    fetcher: Fetcher | None = None,
 ) -> FastAPI:
     """OpenAI's API over a backend, and the chat page.
 
     is_healthy: whether the backend still answers; when it says no, so does /health, and a supervisor may start the server anew.
     states: of models that come and go, by name, which /health tells too.
     stats: of the engines, by model, for /metrics.
+    fetcher: of images by address; none: as the config says.
     """
     metrics = Metrics(stats)
     store = Store(config.data_folder, TABLES)
     guard = Guard(config.api_key, KeyFile(config.keys_file) if config.keys_file else None)
+    limits = Limits(config.requests_per_minute, config.tokens_per_minute)
 
     async def admit(request: Request) -> None:
         """Of every route but the open ones."""
         if request.scope["route"].path not in OPEN:
-            headers = request.headers
-            request.state.caller = guard.admit(headers.get("authorization", ""), headers.get("x-api-key", ""))
+            headers, address = request.headers, request.client.host if request.client else ""
+            key = guard.admit(headers.get("authorization", ""), headers.get("x-api-key", ""), address)
+            request.state.caller = key.words if key else ()
+            own = (key.requests_per_minute, key.tokens_per_minute) if key else ()
+            if request.method == "POST" and (meter := limits.meter(request.state.caller, *own)):
+                request.state.meter = meter
+                meter.begin()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -82,7 +96,13 @@ def make_app(
         store.close()
 
     app = FastAPI(title="herd", openapi_url=None, redirect_slashes=False, dependencies=[Depends(admit)], lifespan=lifespan)
-    app.add_middleware(Door, metrics=metrics)
+    if fetcher is None and config.image_urls:
+        fetcher = Fetcher(max_bytes=config.image_url_bytes, total_s=config.image_url_s)
+    app.state.fetcher, app.state.config = fetcher, config
+    app.add_middleware(Door, metrics=metrics, room=Room(config.max_requests))
+    if config.allow_origin:  # else a browser lets no page but the server's own read a reply
+        all_ = ("*",)
+        app.add_middleware(CORSMiddleware, allow_origins=config.allow_origin, allow_methods=all_, allow_headers=all_, expose_headers=all_)
     app.add_exception_handler(HerdError, _herd_error)
     app.add_exception_handler(HTTPException, _http_error)
     add_openai_routes(app, backend, config, metrics)
@@ -113,8 +133,10 @@ def _add_probes(app: FastAPI, metrics: Metrics, is_healthy: Callable[[], bool], 
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        is_well = is_healthy()
-        return JSONResponse({"status": "ready" if is_well else "failed"}, status_code=200 if is_well else 503)
+        models = states().values()
+        # a model that is not in memory answers too, after a while; where it is on its way, ask again
+        status = "failed" if not is_healthy() else "loading" if models and set(models) == {"loading"} else "ready"
+        return JSONResponse({"status": status}, status_code=200 if status == "ready" else 503)
 
     @app.get("/metrics")
     async def tell() -> Response:
@@ -166,18 +188,21 @@ def bind(config: ServeConfig) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, told how herd wants it."""
 
-    def __init__(self, app: FastAPI, config: ServeConfig, ready: Callable[[str], None]) -> None:
+    def __init__(
+        self, app: FastAPI, config: ServeConfig, ready: Callable[[str], None], stopping: Callable[[bool], None] = lambda _: None
+    ) -> None:
         choices: dict[str, Any] = {
+            "http": Protocol,
             "ws": "none",
             "server_header": False,
             "access_log": False,
             "log_config": None,
             "log_level": "warning",
             "timeout_keep_alive": 75,  # above what clients keep idle connections for, so that none is closed as it is used again
-            "timeout_graceful_shutdown": config.shutdown_s,
+            "timeout_graceful_shutdown": config.drain_s,
         }
         super().__init__(uvicorn.Config(app, **choices))
-        self.ready = ready
+        self.ready, self.stopping = ready, stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -185,21 +210,36 @@ class Server(uvicorn.Server):
         host, port = sockets[0].getsockname()[:2]
         self.ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets replies end, the second tells them that they will not."""
+        is_second = self.should_exit
+        super().handle_exit(sig, frame)
+        if is_second:
+            for task in tuple(self.server_state.tasks):
+                task.get_loop().call_soon_threadsafe(task.cancel)
+        self.stopping(is_second)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
         if self.server_state.tasks:  # just cancelled: a moment to tell their clients
             await asyncio.wait(self.server_state.tasks, timeout=1)
 
 
-def run(app: FastAPI, listener: socket.socket, config: ServeConfig, ready: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C or SIGTERM, in the main thread. Replies under way get `config.shutdown_s` to end; a second Ctrl-C waits no longer.
+def run(
+    app: FastAPI,
+    listener: socket.socket,
+    config: ServeConfig,
+    ready: Callable[[str], None],
+    stopping: Callable[[bool], None] = lambda _: None,
+) -> None:
+    """Serve until Ctrl-C or SIGTERM, in the main thread. Replies under way get `config.drain_s` to end; a second signal waits no longer.
 
-    ready: called with the server's address once it answers.
+    ready: called with the server's address once it answers.  stopping: called at each signal, with whether it is not the first.
     """
     # uvicorn stops in good order on both signals and then raises them again, which for SIGTERM would end the process on the spot
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with suppress(KeyboardInterrupt):
-            Server(app, config, ready).run(sockets=[listener])
+            Server(app, config, ready, stopping).run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -2,11 +2,13 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from herd.chat import ChatEvent, Done, Drawn, Fold
+from herd.serve.limits import Meter
 from herd.serve.metrics import Metrics
 
 Replies = AsyncGenerator[tuple[int, ChatEvent], None]  # events of several replies, each with the place of its own
@@ -55,21 +57,33 @@ async def _forward(
 class Told:
     """What a request cost, read off the events of its replies."""
 
-    def __init__(self, model: str, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._model, self._metrics, self._clock = model, metrics, clock
+    def __init__(self, model: str, metrics: Metrics, meter: Meter | None = None, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._model, self._metrics, self._meter, self._clock = model, metrics, meter, clock
         self._started = clock()
         self._first: dict[int, float] = {}  # when the first event of each reply came
         self.ends: list[Done] = []
 
     async def read(self, replies: Replies) -> Replies:
         """Pass events on and take note of them."""
-        async with aclosing(replies) as events:
-            async for place, event in events:
-                first = self._first.get(place) or self._first.setdefault(place, self._clock())
-                if isinstance(event, Done):
-                    self.ends.append(event)
-                    self._metrics.ended(self._model, event.usage, first - self._started, self._clock() - first)
-                yield place, event
+        under_way: Counter[int] = Counter()  # events of replies that have not ended, about a token each
+        try:
+            async with aclosing(replies) as events:
+                async for place, event in events:
+                    first = self._first.get(place) or self._first.setdefault(place, self._clock())
+                    under_way[place] += 1
+                    if isinstance(event, Done):
+                        del under_way[place]
+                        self._ended(event, first)
+                    yield place, event
+        finally:
+            if self._meter and under_way:
+                self._meter.used(under_way.total(), is_end=False)
+
+    def _ended(self, end: Done, first: float) -> None:
+        self.ends.append(end)
+        self._metrics.ended(self._model, end.usage, first - self._started, self._clock() - first)
+        if self._meter:
+            self._meter.used(end.usage.prompt_tokens - end.usage.cached_tokens + end.usage.completion_tokens)
 
     def usage(self, num_prompts: int = 1) -> dict[str, Any]:
         """OpenAI's usage object. Replies to one prompt share it, so it counts once; cached is what was so for all of them."""

@@ -18,7 +18,7 @@ from herd.chat import MOST_TOP_LOGPROBS, Done, Drawn, Fold, Text, TextBackend, T
 from herd.serve.api import check_model
 from herd.serve.choices import Replies, Told, at_least, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, is_background, read_body, while_connected
+from herd.serve.connection import caller, is_background, meter, read_body, while_connected
 from herd.serve.metrics import Metrics
 from herd.serve.request import cache_salt, nth, sampling
 from herd.serve.schema import Sampled
@@ -85,7 +85,7 @@ def add_completions(app: FastAPI, backend: TextBackend, config: ServeConfig, met
         check_model(backend, body.model)
         asked = body.requests(caller(request), background=is_background(request))
         said = [await _text(backend, one) if body.echo else "" for one in asked]
-        told = Told(body.model, metrics)
+        told = Told(body.model, metrics, meter(request))
         replies = told.read(side_by_side([backend.complete(one) for one in asked]))
         reply = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": body.model}
         if body.stream:

@@ -24,8 +24,17 @@ class ServeConfig:
     max_stored_bytes: int = 10 << 30  # of all files together; those that batches leave count, but are kept whatever there is
     max_batch_lines: int = 100_000  # requests in one batch
     batch_width: int = 8  # requests of all batches that are computed side by side
+    body_s: float = 120.0  # seconds that a body may take to arrive
+    allow_origin: tuple[str, ...] = ()  # origins of web pages that may use this server from a browser, such as https://example.com
+    image_urls: bool = False  # fetch images by http(s) address, from public ones alone; else they come as data: URIs
+    image_url_bytes: int = 20 << 20  # of one that is fetched
+    image_url_s: float = 10.0  # seconds that fetching one may take
+    max_requests: int = 512  # under way at once, those that wait in the queue included; more get 503 and Retry-After
+    requests_per_minute: int = 0  # of each key that has no limit of its own, or of all callers where no keys are asked for; 0: no limit
+    tokens_per_minute: int = 0  # the same, of tokens that are read and written; what was computed before is free
     ping_s: float = 15.0  # seconds of silence after which a stream gets a comment, so that no proxy hangs up
-    shutdown_s: int = 10  # seconds that replies under way get to end when the server stops
+    stuck_s: float = 300.0  # seconds that a step may last before /health fails and those who wait for it are told
+    drain_s: int = 10  # seconds that replies under way get to end when the server stops
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -33,7 +42,10 @@ class ServeConfig:
         if not self.responses_gib >= 0:
             text = f"responses_gib is {self.responses_gib}; it must not be below 0"
             raise UsageError(text, "give a larger responses_gib", param="responses_gib")
-        positive = ("responses_days", "max_body_bytes", "max_file_bytes", "max_stored_bytes", "max_batch_lines", "batch_width")
-        for name in (*positive, "ping_s", "shutdown_s"):
+        positive = ("responses_days", "max_body_bytes", "max_file_bytes", "max_stored_bytes", "max_batch_lines", "batch_width", "body_s")
+        for name in (*positive, "image_url_bytes", "image_url_s", "max_requests", "ping_s", "stuck_s", "drain_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0", f"give a larger {name}", param=name)
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 (no limit) or more", param=name)

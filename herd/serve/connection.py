@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -19,7 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from herd.errors import ResourceError
 from herd.log import log
 from herd.serve.errors import RequestError, error_reply, shown
+from herd.serve.limits import Meter
 from herd.serve.metrics import Metrics
+from herd.serve.room import Room
 from herd.serve.wire import usage_error
 
 T = TypeVar("T")
@@ -34,8 +37,8 @@ class Door:
     The client's own id is kept if it is short and plain, since it goes into the log. Routes find it at `request.state.request_id`.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, room: Room) -> None:
+        self.app, self.metrics, self.room = app, metrics, room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,19 +46,24 @@ class Door:
             return
         sent = dict(scope["headers"]).get(b"x-request-id", b"")
         request_id = sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex.encode()
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id.decode()
         status, begun = "gone", time.perf_counter()
 
         async def signed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                limits = state["meter"].headers() if state.get("meter") else {}
+                more = [(name.encode(), value.encode()) for name, value in limits.items()]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id), *more]
             await send(message)
 
         self.metrics.in_flight.inc()
         try:
-            await self.app(scope, receive, signed)
+            # only what is posted is work; probes, metrics and the page answer however much there is
+            with self.room.place() if scope["method"] == "POST" else nullcontext():
+                await self.app(scope, receive, signed)
         except ClientDisconnect:
             status = "gone"
             log.info("request %s: the client went away", request_id.decode())
@@ -64,6 +72,8 @@ class Door:
                 raise
             await error_reply(shown(error, request_id.decode()), scope["path"])(scope, receive, signed)
         finally:
+            if state.get("meter"):
+                state["meter"].close()
             self.metrics.in_flight.dec()
             self.metrics.finished(scope, status, time.perf_counter() - begun)
 
@@ -89,8 +99,15 @@ def check_origin(request: Request) -> None:
         raise RequestError(403, f"a page of {origin[:100]!r} may not send this", "send it from a program, or from this server's own page")
 
 
+def meter(request: Request) -> Meter | None:
+    """What the request uses up of its caller's limits; None where there are none."""
+    found: Meter | None = getattr(request.state, "meter", None)
+    return found
+
+
 async def read_body(request: Request, form: type[Form], max_bytes: int) -> Form:
-    """The body as `form`. Raises `RequestError` when it is too large or not sent as JSON, `UsageError` when it does not fit the form.
+    """The body as `form`. Raises `RequestError` when it is too large or not sent as JSON, `UsageError` when it does not fit the form,
+    `RateLimited` when its caller has used up his tokens.
 
     The limit holds for the bytes that arrive, whatever was announced. Only `application/json` is read: a browser lets any web page post
     other types to a server on its user's own machine, but asks that server first for this one.
@@ -98,15 +115,23 @@ async def read_body(request: Request, form: type[Form], max_bytes: int) -> Form:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(415, f"content-type is {kind!r}; herd reads application/json", "send the header content-type: application/json")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise RequestError(413, f"the body is larger than {max_bytes:,} bytes, the limit", "send less, or raise --max-body-bytes")
+    body, limit_s = bytearray(), request.app.state.config.body_s
     try:
-        return form.model_validate_json(body)
+        async with asyncio.timeout(limit_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > max_bytes:
+                    problem = f"the body is larger than {max_bytes:,} bytes, the limit"
+                    raise RequestError(413, problem, "send less, or raise --max-body-bytes")
+    except TimeoutError:
+        raise RequestError(408, f"the body did not come within {limit_s:g} s", "send it faster, or raise --body-s") from None
+    try:
+        found = form.model_validate_json(body)
     except ValidationError as error:
         raise usage_error(error) from None
+    if limited := meter(request):
+        limited.reserve(found)
+    return found
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -1,10 +1,11 @@
 """How a failure is told to a client: OpenAI's error object, and never a traceback."""
 
+import math
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from herd.errors import HerdError, UsageError
+from herd.errors import BusyError, HerdError, UsageError
 from herd.log import log
 
 
@@ -21,8 +22,8 @@ def shown(error: Exception, request_id: str) -> HerdError:
     if not isinstance(error, HerdError):
         log.error("request %s failed", request_id, exc_info=error)
         return HerdError("the server failed on this request", f"its log has the reason under request id {request_id}")
-    if error.http_status >= 500:
-        log.error("request %s failed: %s", request_id, error.message)
+    if error.http_status >= 500 and not isinstance(error, BusyError):  # which comes by the thousand
+        log.error("request %s failed: %s", request_id, " ".join(error.message.split()))
     return error
 
 
@@ -35,9 +36,23 @@ def error_object(error: HerdError, path: str = "") -> dict[str, Any]:
     return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code}}
 
 
-_ANTHROPIC = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
+_ANTHROPIC = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 def error_reply(error: HerdError, path: str = "") -> JSONResponse:
     """The whole reply to a request that failed."""
-    return JSONResponse(error_object(error, path), status_code=error.http_status)
+    return JSONResponse(error_object(error, path), status_code=error.http_status, headers=retry_headers(error))
+
+
+def retry_headers(error: HerdError) -> dict[str, str]:
+    """When to ask again: HTTP's header in whole seconds, and the one that OpenAI's and Anthropic's clients read before it."""
+    seconds = error.retry_after_s
+    if seconds is None:
+        return {}
+    return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000)), "x-should-retry": "true"}

@@ -34,9 +34,10 @@ from herd.chat import (
 from herd.serve.api import check_model
 from herd.serve.choices import Replies, Told, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, read_body, while_connected
+from herd.serve.connection import caller, meter, read_body, while_connected
+from herd.serve.fetch import fetched
 from herd.serve.metrics import Metrics
-from herd.serve.request import read_data_uri
+from herd.serve.request import NONE, Images, read_data_uri
 from herd.serve.sse import EventStream, data
 from herd.serve.wire import Wire, problem, shown_value
 
@@ -44,9 +45,21 @@ REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 class Source(Wire):
-    type: Literal["base64"]  # never an address: a client must not make the server read those
-    media_type: str
-    data: str
+    """An image: its bytes, or its address, which is read where the server was told to."""
+
+    type: Literal["base64", "url"]
+    media_type: str | None = None
+    data: str | None = None
+    url: str | None = None
+
+    @model_validator(mode="after")
+    def _holds_its_type(self) -> Self:
+        own = ("url",) if self.type == "url" else ("media_type", "data")
+        for field in ("media_type", "data", "url"):
+            if (getattr(self, field) is None) is (field in own):
+                text = "is missing" if field in own else f"stands in a source of type {self.type!r}"
+                raise problem(text, f"a source of type {self.type!r} holds {' and '.join(own)}", field=field)
+        return self
 
 
 def _blocks(content: Any) -> Any:
@@ -155,10 +168,10 @@ class CountBody(Wire):
     }
     ignored = frozenset({"cache_control"})
 
-    def request(self, sampling: Sampling, who: tuple[str, ...] = ()) -> ChatRequest:
+    def request(self, sampling: Sampling, who: tuple[str, ...] = (), images: Images = NONE) -> ChatRequest:
         """The request in herd's own words."""
         turns = [_joined(self.system)] if self.system else []
-        turns += [message for i, turn in enumerate(self.messages) for message in _messages(turn, f"messages.{i}")]
+        turns += [message for i, turn in enumerate(self.messages) for message in _messages(turn, f"messages.{i}", images)]
         tools = tuple(
             Tool(name=t.name, description=t.description or "", parameters=t.input_schema, strict=bool(t.strict)) for t in self.tools or ()
         )
@@ -196,7 +209,7 @@ def _joined(blocks: list[Block]) -> Message:
     return Message(role="system", content=tuple(block.text or "" for block in blocks))
 
 
-def _messages(turn: Turn, where: str) -> list[Message]:
+def _messages(turn: Turn, where: str, images: Images) -> list[Message]:
     """A turn in herd's own words: results of tools are messages of their own."""
     made: list[Message] = []
     content: list[str | Image] = []
@@ -209,8 +222,9 @@ def _messages(turn: Turn, where: str) -> list[Message]:
         elif block.type == "tool_use":
             calls.append(ToolCall(id=block.id or "", name=block.name or "", arguments=json.dumps(block.input, ensure_ascii=False)))
         elif block.source is not None:
-            uri = f"data:{block.source.media_type};base64,{block.source.data}"
-            content.append(read_data_uri(uri, f"{where}.content.{i}.source.data"))
+            source, place = block.source, f"{where}.content.{i}.source"
+            uri = source.url or f"data:{source.media_type};base64,{source.data}"
+            content.append(read_data_uri(uri, f"{place}.url" if source.url else f"{place}.data", images))
         else:
             content.append(block.text or "")
     if content or calls:
@@ -234,8 +248,9 @@ def add_messages(app: FastAPI, backend: Backend, config: ServeConfig, metrics: M
     async def messages(request: Request) -> Response:
         body = await read_body(request, MessagesBody, config.max_body_bytes)
         check_model(backend, body.model)
-        told = Told(body.model, metrics)
-        replies = told.read(side_by_side([backend.chat(body.request(body.sampling(), caller(request)))]))
+        told = Told(body.model, metrics, meter(request))
+        asked = body.request(body.sampling(), caller(request), await fetched(request, body))
+        replies = told.read(side_by_side([backend.chat(asked)]))
         reply = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": body.model, "stop_sequence": None}
         if body.stream:
             return EventStream(_lines(replies, reply), config.ping_s)
@@ -248,7 +263,7 @@ def add_messages(app: FastAPI, backend: Backend, config: ServeConfig, metrics: M
         async def count_tokens(request: Request) -> dict[str, int]:
             body = await read_body(request, CountBody, config.max_body_bytes)
             check_model(backend, body.model)
-            found = await backend.tokenize(body.request(Sampling()))
+            found = await backend.tokenize(body.request(Sampling(), images=await fetched(request, body)))
             return {"input_tokens": len(found.tokens)}
 
 

@@ -11,16 +11,18 @@ from herd.serve.schema import ChatBody, ChatMessage, Choice, Drawing, FunctionTo
 from herd.text.images import from_data_uri
 
 SEEDS = 1 << 64
+Images = Mapping[str, Image]
+NONE: Images = {}
 
 
-def chat_request(body: ChatBody, caller: tuple[str, ...] = ()) -> ChatRequest:
+def chat_request(body: ChatBody, caller: tuple[str, ...] = (), images: Images = NONE) -> ChatRequest:
     """What a body asks for, once. Raises `UsageError` on a value out of range, `PromptError` on an image that cannot be read.
 
-    caller: who asks; callers share no computed prefixes.
+    caller: who asks; callers share no computed prefixes.  images: those that were fetched, by address.
     """
     return ChatRequest(
         model=body.model,
-        messages=messages(body.messages),
+        messages=messages(body.messages, images),
         sampling=sampling(
             body,
             max_tokens=body.max_completion_tokens or body.max_tokens,
@@ -32,9 +34,9 @@ def chat_request(body: ChatBody, caller: tuple[str, ...] = ()) -> ChatRequest:
     )
 
 
-def messages(wire: Sequence[ChatMessage]) -> tuple[Message, ...]:
+def messages(wire: Sequence[ChatMessage], images: Images = NONE) -> tuple[Message, ...]:
     """A conversation. Raises `PromptError` on an image that cannot be read."""
-    return tuple(_message(message, f"messages.{i}") for i, message in enumerate(wire))
+    return tuple(_message(message, f"messages.{i}", images) for i, message in enumerate(wire))
 
 
 def tools(wire: Sequence[FunctionTool] | None) -> tuple[Tool, ...]:
@@ -144,21 +146,23 @@ def _tool_choice(choice: Choice | None, *, parallel: bool) -> ToolChoice:
     return ToolChoice(mode=choice.type, parallel=parallel)
 
 
-def _message(message: ChatMessage, where: str) -> Message:
+def _message(message: ChatMessage, where: str, images: Images) -> Message:
     role: Role = "system" if message.role == "developer" else message.role
     content: list[str | Image] = []
     for i, part in enumerate(message.content or ()):
-        content.append(
-            (part.text or "") if part.image_url is None else read_data_uri(part.image_url.url, f"{where}.content.{i}.image_url.url")
-        )
+        place = f"{where}.content.{i}.image_url.url"
+        content.append((part.text or "") if part.image_url is None else read_data_uri(part.image_url.url, place, images))
     calls = tuple(ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments) for call in message.tool_calls or ())
     return Message(role=role, content=tuple(content), tool_calls=calls, tool_call_id=message.tool_call_id)
 
 
-def read_data_uri(uri: str, param: str) -> Image:
-    """An image inside a request. Never a path or an address: a client must not make the server read those."""
+def read_data_uri(uri: str, param: str, images: Images = NONE) -> Image:
+    """An image inside a request, or one that was fetched (fetch.py). Never a path: a client must not make the server read those."""
+    if uri in images:
+        return images[uri]
     try:
         return from_data_uri(uri)
     except PromptError as error:
         hint = "send the image inside the request, as a data: URI such as data:image/png;base64,iVBOR..."
+        hint += ", or start the server with --image-urls" if "://" in uri[:12] else ""
         raise PromptError(error.message, hint, param=param) from error

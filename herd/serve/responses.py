@@ -18,10 +18,11 @@ from herd.errors import UsageError, nearest
 from herd.serve.api import check_model
 from herd.serve.choices import Told, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, is_background, read_body, while_connected
+from herd.serve.connection import caller, is_background, meter, read_body, while_connected
+from herd.serve.fetch import fetched
 from herd.serve.metrics import Metrics
 from herd.serve.responses_events import Answer, Event, line, new_id
-from herd.serve.responses_request import chat_request, given_items, head, in_words_of_responses
+from herd.serve.responses_request import chat_request, given_items, head, in_words_of_responses, with_pictures
 from herd.serve.responses_schema import Includable, Item, ResponsesBody
 from herd.serve.responses_store import Responses
 from herd.serve.sse import EventStream
@@ -39,6 +40,7 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
     async def create(request: Request) -> Response:
         body = await read_body(request, ResponsesBody, config.max_body_bytes)
         check_model(backend, body.model)
+        body = with_pictures(body, await fetched(request, body))
         who, is_stored = owner(caller(request)), _is_stored(body, kept)
         with in_words_of_responses():
             previous = body.previous_response_id
@@ -48,7 +50,7 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
         inputs = [item.told(new_id("msg" if item.type == "message" else "fc")) for item in new]
         if is_stored:
             kept.check_room(who, inputs, previous)
-        told = Told(body.model, metrics)
+        told = Told(body.model, metrics, meter(request))
 
         def finish(response: dict[str, Any]) -> dict[str, Any]:
             if is_stored:

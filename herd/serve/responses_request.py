@@ -1,12 +1,13 @@
 """From items to a request in herd's own words, and a request's own fields as its response tells them again."""
 
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from herd.chat import ChatRequest, Format, Image, Message, Role, Tool, ToolCall, ToolChoice
 from herd.errors import HerdError, UsageError
-from herd.serve.request import cache_salt, read_data_uri, sampling
+from herd.serve.request import Images, cache_salt, read_data_uri, sampling
 from herd.serve.responses_schema import ChoiceForm, FormatForm, Item, Piece, ResponsesBody
 
 # what the fields of a `ChatRequest` are called here
@@ -21,6 +22,22 @@ def in_words_of_responses() -> Iterator[None]:
     except HerdError as error:
         error.param = NAMES.get(error.param or "", error.param)
         raise
+
+
+def with_pictures(body: ResponsesBody, images: Images) -> ResponsesBody:
+    """The body with the images that were fetched in place of their addresses, which may lead elsewhere when the conversation goes on."""
+
+    def pieces(given: Sequence[Piece] | None) -> list[Piece] | None:
+        return None if given is None else [piece.model_copy(update=picture(piece)) for piece in given]
+
+    def picture(piece: Piece) -> dict[str, str]:
+        image = images.get(piece.image_url or "")
+        return {} if image is None else {"image_url": f"data:image/*;base64,{b64encode(image.data).decode()}"}
+
+    if not images:
+        return body
+    items = [item.model_copy(update={"content": pieces(item.content), "output": pieces(item.output)}) for item in body.input]
+    return body.model_copy(update={"input": items})
 
 
 def given_items(body: ResponsesBody, past: Sequence[Item], find: Callable[[str, str], Item]) -> list[Item]:

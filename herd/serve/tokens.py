@@ -11,6 +11,7 @@ from herd.serve.api import check_model
 from herd.serve.choices import as_text
 from herd.serve.config import ServeConfig
 from herd.serve.connection import read_body
+from herd.serve.fetch import fetched
 from herd.serve.request import messages, tools
 from herd.serve.schema import ChatMessage, FunctionTool
 from herd.serve.wire import Wire, problem
@@ -65,7 +66,7 @@ def add_tokens(app: FastAPI, backend: TextBackend, config: ServeConfig) -> None:
         model = named(body.model)
         asked: ChatRequest | TextRequest
         if body.messages is not None:
-            asked = ChatRequest(model=model, messages=messages(body.messages), tools=tools(body.tools))
+            asked = ChatRequest(model=model, messages=messages(body.messages, await fetched(request, body)), tools=tools(body.tools))
         else:
             asked = TextRequest(model=model, prompt=body.prompt or "", begin=body.add_special_tokens is not False)
         found = await backend.tokenize(asked)

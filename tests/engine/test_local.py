@@ -12,7 +12,8 @@ import torch
 
 import herd
 from herd.chat import ChatRequest, Done, Message, Sampling, Text
-from herd.engine.local import Local, Model, short_name
+from herd.engine.local import Local, Model
+from herd.engine.opening import short_name
 from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError
 from herd.text.prompt import Prompt
 

@@ -19,8 +19,8 @@ from herd.checkpoint.quantize import quantized
 from herd.checkpoint.source import of_model
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
-from herd.engine.local import open_engine
 from herd.engine.mapped import MappedFile
+from herd.engine.opening import open_engine
 from herd.engine.pages import Capacity, Pages
 from herd.engine.sequence import Sequence
 from herd.errors import HerdError, ResourceError, UsageError

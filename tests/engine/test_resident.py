@@ -17,7 +17,8 @@ from herd.chat import ChatRequest, Message, Sampling, Text
 from herd.checkpoint.quantize import quantize_checkpoint
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
-from herd.engine.local import Local, Model, open_engine
+from herd.engine.local import Local, Model
+from herd.engine.opening import open_engine
 from herd.engine.resident import Resident
 from herd.errors import HerdError, UsageError
 from herd.ops.native import kernels
@@ -260,6 +261,7 @@ def test_a_server_of_several_models(opened: Callable[..., Model]) -> None:
     with live(backend, is_healthy=backend.is_healthy, states=backend.states) as server:
         listed = [entry["id"] for entry in server.http.get("/v1/models").json()["data"]]
         assert listed == ["alpaca", "guanaco"]
+        assert "context_length" not in server.http.get("/v1/models/guanaco").json()
         assert server.http.get("/health").json() == {"status": "ok", "models": {"alpaca": "unloaded", "guanaco": "unloaded"}}
         fields = {"temperature": 0, "max_tokens": 9, "ignore_eos": True}
         lines = server.chat("hey", model="guanaco", stream=True, **fields).text.split("\n\n")
@@ -271,4 +273,5 @@ def test_a_server_of_several_models(opened: Callable[..., Model]) -> None:
         assert error["code"] == "model_not_found" and error["param"] == "model" and "did you mean 'guanaco'?" in error["message"]
         now = 1.0
         assert until(lambda: set(backend.states().values()) == {"unloaded"})
+        assert server.http.get("/v1/models/guanaco").json()["context_length"] == models[1].context_tokens == 1024
         assert server.chat("hey", model="alpaca", **fields).json()["choices"] == reply.json()["choices"]

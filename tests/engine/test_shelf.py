@@ -8,7 +8,8 @@ import pytest
 
 from herd.chat import Sampling
 from herd.engine.config import EngineConfig
-from herd.engine.local import Model, open_engine
+from herd.engine.local import Model
+from herd.engine.opening import open_engine
 from herd.engine.sequence import Sequence
 from herd.errors import UsageError
 from herd.text.prompt import Prompt

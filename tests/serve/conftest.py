@@ -12,6 +12,7 @@ import pytest
 from herd.chat import Backend
 from herd.serve.app import Server, bind, make_app
 from herd.serve.config import ServeConfig
+from herd.serve.fetch import Fetcher
 from tests.serve.echo import Echo
 
 
@@ -36,12 +37,13 @@ def live(
     is_healthy: Callable[[], bool] = lambda: True,
     states: Callable[[], Mapping[str, str]] = dict,
     stats: Callable[[], Mapping[str, Any]] = dict,
+    fetcher: Fetcher | None = None,
 ) -> Iterator[Live]:
-    config = config or ServeConfig(port=0, shutdown_s=1)
+    config = config or ServeConfig(port=0, drain_s=1)
     listener = bind(config)
     urls: list[str] = []
     ready = threading.Event()
-    app = make_app(backend, config, is_healthy=is_healthy, states=states, stats=stats)
+    app = make_app(backend, config, is_healthy=is_healthy, states=states, stats=stats, fetcher=fetcher)
     server = Server(app, config, lambda url: (urls.append(url), ready.set()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -108,7 +108,7 @@ def test_host_that_is_not_here():
         bind(ServeConfig(host="192.0.2.1"))
 
 
-@pytest.mark.parametrize("choice", [{"port": -1}, {"port": 65536}, {"max_body_bytes": 0}, {"ping_s": 0}, {"shutdown_s": 0}])
+@pytest.mark.parametrize("choice", [{"port": -1}, {"port": 65536}, {"max_body_bytes": 0}, {"ping_s": 0}, {"drain_s": 0}])
 def test_config_out_of_range(choice: dict[str, int]):
     with pytest.raises(UsageError) as caught:
         ServeConfig(**choice)
@@ -119,7 +119,7 @@ SERVER = """
 from tests.serve.echo import Echo
 from herd.serve.app import bind, make_app, run
 from herd.serve.config import ServeConfig
-config = ServeConfig(port=0, shutdown_s=1)
+config = ServeConfig(port=0, drain_s=1)
 run(make_app(Echo(word_s=0.05), config), bind(config), config, ready=lambda url: print(url, flush=True))
 print("stopped")
 """

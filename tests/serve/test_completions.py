@@ -130,6 +130,13 @@ def test_tokenize(tiny: Model, engine: Live):
         assert reply.status_code == 400 and message in reply.json()["error"]["message"]
 
 
+def test_models_tell_their_context(tiny: Model, engine: Live):
+    room = tiny.thread.engine.context_tokens
+    for told in (engine.http.get("/v1/models").json()["data"][0], engine.http.get("/v1/models/tiny").json()):
+        assert (told["id"], told["context_length"], told["max_model_len"]) == ("tiny", room, room)
+    assert engine.http.post("/tokenize", json={"prompt": "x"}).json()["max_model_len"] == room
+
+
 def test_a_backend_without_texts_has_no_such_routes(served: Live):
     assert served.http.post("/v1/completions", json={}).status_code == 404
 

@@ -111,7 +111,7 @@ def test_count_tokens(tiny: Model):
         ({"tool_choice": {"type": "tool"}}, "tool_choice.name is null"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},
-            "source.url is an unknown field",
+            "start the server with --image-urls",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text", "id": "x"}]}]}, "content.0.text is missing"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}]}]}, "only the assistant"),

@@ -1,5 +1,6 @@
 """What Prometheus reads: requests by route and status, and the engines' own numbers."""
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from herd.engine.local import Local, Model
@@ -60,3 +61,13 @@ def test_ready(serve):
     assert (served.http.get("/ready").status_code, served.http.get("/ready").json()) == (200, {"status": "ready"})
     healthy = False
     assert served.http.get("/ready").status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("states", "status"),
+    [({"a": "loading"}, 503), ({"a": "unloaded"}, 200), ({"a": "loading", "b": "loaded"}, 200), ({"a": "loading", "b": "loading"}, 503)],
+)
+def test_ready_when_something_answers(serve, states: dict[str, str], status: int):
+    """One that is not in memory is ready: nobody would ask for it otherwise, and so it would never be loaded."""
+    served = serve(Echo(), states=lambda: states)
+    assert (served.http.get("/ready").status_code, served.http.get("/health").status_code) == (status, 200)

@@ -132,7 +132,7 @@ def hang_up(served: Live, backend: Script, *, stream: bool, after: bytes) -> Non
 def test_client_that_goes_away_frees_its_reply(serve, caplog, steps, stream: bool, after: bytes):
     backend = Script(steps)
     with caplog.at_level(logging.WARNING):
-        served = serve(backend, ServeConfig(port=0, ping_s=0.1 if b"ping" in after else 15, shutdown_s=1))
+        served = serve(backend, ServeConfig(port=0, ping_s=0.1 if b"ping" in after else 15, drain_s=1))
         hang_up(served, backend, stream=stream, after=after)
         assert backend.closed.wait(5), "the backend still works for nobody"
         deadline = time.monotonic() + 5

@@ -1,0 +1,133 @@
+"""What strangers try: slow connections, many of them, other people's web pages, odd bytes, and whether secrets get into the log."""
+
+import io
+import logging
+import resource
+import socket
+import time
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from herd import log as herd_log
+from herd.chat import Text
+from herd.errors import HerdError, ResourceError
+from herd.serve import protocol
+from herd.serve.config import ServeConfig
+from tests.serve.conftest import Live
+from tests.serve.echo import Echo, Script
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
+SECRET = "the prompt that nobody may read"
+
+
+def connected(served: Live) -> socket.socket:
+    host, port = served.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=5)
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether a reply of /health has come."""
+    read = b""
+    while not read.endswith(b"}"):
+        read += connection.recv(4096)
+    return read.startswith(b"HTTP/1.1 200 OK")
+
+
+def test_a_head_that_does_not_come(serve, monkeypatch: pytest.MonkeyPatch):
+    """From the first request of a connection, from a second, and with nothing sent at all."""
+    monkeypatch.setattr(protocol, "HEAD_S", 0.4)
+    served = serve(Echo())
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with connected(served) as silent, connected(served) as slow, connected(served) as second:
+        second.sendall(whole)
+        assert ended(second)
+        time.sleep(0.5)  # idle between requests is no sin
+        second.sendall(whole)
+        assert ended(second)
+        second.sendall(b"GET /health HT")
+        slow_ended = False
+        for byte in HEAD[:40]:
+            try:
+                slow.sendall(bytes([byte]))
+            except OSError:
+                slow_ended = True
+                break
+            time.sleep(0.05)
+        assert slow_ended
+        for connection in (silent, second):
+            with suppress(ConnectionResetError):
+                assert connection.recv(4096) == b""
+    assert served.chat().status_code == 200
+
+
+def test_a_body_that_does_not_come(serve):
+    served = serve(Echo(), ServeConfig(port=0, body_s=0.3, max_requests=1, drain_s=1))
+    with connected(served) as slow:
+        slow.sendall(HEAD + b"\r\n{")
+        time.sleep(0.1)
+        assert served.chat().status_code == 503  # it has the one place
+        assert b"408 " in slow.recv(4096)
+    assert served.chat().status_code == 200
+
+
+def test_a_thousand_idle_connections(serve):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 3000:
+        pytest.skip("the system gives no process so many files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 3000), hard))
+    served = serve(Echo())
+    with ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(connected(served))
+        assert [served.chat().status_code for _ in range(5)] == [200] * 5
+
+
+def test_pages_of_others_are_kept_out(serve):
+    served = serve(Echo())
+    origin = {"origin": "https://evil.example"}
+    preflight = {**origin, "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    for reply in (served.http.options("/v1/chat/completions", headers=preflight), served.http.get("/v1/models", headers=origin)):
+        assert not [name for name in reply.headers if name.startswith("access-control")]
+    assert served.http.options("/v1/chat/completions", headers=preflight).status_code == 405
+
+
+def test_pages_that_are_let_in(serve):
+    served = serve(Echo(), ServeConfig(port=0, allow_origin=("https://mine.example",), api_key="a key of mine", drain_s=1))
+    ask = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    reply = served.http.options("/v1/chat/completions", headers={"origin": "https://mine.example", **ask})
+    assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == "https://mine.example"
+    assert served.http.options("/v1/chat/completions", headers={"origin": "https://evil.example", **ask}).status_code == 400
+    refused = served.http.get("/v1/models", headers={"origin": "https://mine.example"})  # a page must be able to read why
+    assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://mine.example"
+
+
+def test_control_characters_reach_no_terminal(monkeypatch: pytest.MonkeyPatch):
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stderr", shown)
+    before = (herd_log.log.handlers[:], herd_log.log.level, herd_log.log.propagate)
+    try:
+        herd_log.show_logs()
+        herd_log.log.info("a model called %s", "\x1b[2J\x1b]0;x\x07\rnot\x9bhere é")
+    finally:
+        herd_log.log.handlers[:], herd_log.log.level, herd_log.log.propagate = before
+    assert shown.getvalue() == "a model called \\x1b[2J\\x1b]0;x\\x07\\x0dnot\\x9bhere é\n"
+
+
+@pytest.mark.parametrize("error", [ResourceError("no memory\nforged line"), RuntimeError("a bug"), HerdError("no")])
+def test_what_is_said_stays_out_of_the_log(serve, caplog: pytest.LogCaptureFixture, error: Exception):
+    caplog.set_level(logging.INFO)
+    served = serve(Script([Text(text="it answered"), error]), ServeConfig(port=0, api_key="the key of the house", drain_s=1))
+    served.http.headers["authorization"] = "Bearer the key of the house"
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SECRET}"}}
+    for stream in (False, True):
+        served.chat(SECRET, stream=stream)
+    served.chat([image])
+    served.chat(SECRET, temperature=9, unknown=SECRET)
+    served.http.post("/v1/chat/completions", content=SECRET, headers={"content-type": "application/json"})
+    served.http.get(f"/{SECRET}", headers={"authorization": f"Bearer {SECRET}", "x-request-id": SECRET})
+    text = caplog.text
+    assert "failed" in text
+    for secret in (SECRET, "it answered", "the key of the house"):
+        assert secret not in text
+    assert all("\n" not in record.getMessage() for record in caplog.records)
