@@ -2,6 +2,7 @@
 // do comes back through `data-act` attributes, which app.js listens to in one place.
 
 import { show } from "./markdown.js";
+import { typeset } from "./maths.js";
 import { rows, siblings } from "./store.js";
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -114,6 +115,7 @@ function body(node) {
   if (!bodies.has(node.id)) bodies.set(node.id, el("div", { className: "prose" }));
   const element = bodies.get(node.id);
   show(element, node.text, document);
+  typeset(element);
   return element;
 }
 
