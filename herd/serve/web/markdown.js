@@ -366,6 +366,7 @@ export function show(container, text, document) {
   for (const { element } of before.slice(same)) element.remove();
   for (const one of now.slice(same)) {
     one.element = toDom(one.node, document);
+    one.element.dir = "auto"; // from right to left where the block begins so
     container.append(one.element);
   }
   container.shownBlocks = [...before.slice(0, same), ...now.slice(same)];
