@@ -4,6 +4,7 @@ import { listModels } from "./api.js";
 import { Chat } from "./chat.js";
 import { Database, readDraft, readPreferences, writeDraft, writePreferences } from "./database.js";
 import { dataUri, listen } from "./images.js";
+import { listenToList } from "./list.js";
 import { applyTheme, download, nextTheme, openSettings } from "./settings.js";
 import * as store from "./store.js";
 import * as view from "./view.js";
@@ -171,8 +172,13 @@ function open(conversation) {
   state.current = conversation;
   state.editing = null;
   state.isFollowing = true;
-  document.body.classList.remove("sidebar-open");
+  showSidebar(false);
   showAll();
+}
+
+function showSidebar(isOpen) {
+  document.body.classList.toggle("sidebar-open", isOpen);
+  $("menu").setAttribute("aria-expanded", String(isOpen));
 }
 
 function openNew() {
@@ -260,8 +266,8 @@ const actions = {
   rename: (element) => rename(conversationOf(element), element.closest("li")),
   delete: (element) => remove(conversationOf(element)),
   sidebar: () => {
-    const isOpen = document.body.classList.toggle("sidebar-open");
-    $("menu").setAttribute("aria-expanded", String(isOpen));
+    const isOpen = !document.body.classList.contains("sidebar-open");
+    showSidebar(isOpen);
     (isOpen ? $("search") : $("menu")).focus();
   },
   theme: () => {
@@ -370,32 +376,12 @@ document.addEventListener("keydown", (event) => {
     else actions.stop();
   } else if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey) && !$("settings").open) {
     event.preventDefault();
-    document.body.classList.add("sidebar-open");
+    showSidebar(true);
     $("search").select();
   }
 });
 
-$("search").addEventListener("input", showList);
-$("search").addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" && event.key !== "ArrowDown") return;
-  event.preventDefault();
-  const [first] = $("conversations").querySelectorAll("button.open");
-  const isNew = event.key === "Enter" && (!event.target.value.trim() || !first);
-  if (event.key === "ArrowDown") first?.focus();
-  else if (isNew) openNew();
-  else first.click();
-  if (event.key === "Enter") {
-    event.target.value = "";
-    showList();
-  }
-});
-$("conversations").addEventListener("keydown", (event) => {
-  const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-  if (!step) return;
-  event.preventDefault();
-  const all = [...$("conversations").querySelectorAll("button.open")];
-  (all[all.indexOf(event.target) + step] ?? (step < 0 ? $("search") : event.target)).focus();
-});
+listenToList({ showList, openNew });
 
 for (const lane of [0, 1]) {
   $(`model${lane}`).addEventListener("change", (event) => {
@@ -424,7 +410,7 @@ $("scroll").addEventListener("scroll", () => {
   $("latest").hidden = state.isFollowing;
 });
 
-new ResizeObserver(follow).observe($("log")); // pictures and formulas that come late
+new ResizeObserver(() => (follow(), view.reachScrollers())).observe($("log")); // pictures and formulas come late
 
 setInterval(view.tick, 500);
 

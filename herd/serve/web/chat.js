@@ -17,10 +17,6 @@ export class Chat {
     return this.#running.has(reply.id);
   }
 
-  get isIdle() {
-    return this.#running.size === 0;
-  }
-
   stop(replies) {
     for (const reply of replies) this.#running.get(reply.id)?.controller.abort();
   }

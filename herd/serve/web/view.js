@@ -67,6 +67,8 @@ export function showMessages(conversation, { editing, models }) {
   replace(log, held);
   log.classList.toggle("is-comparing", Boolean(conversation.compare));
   $("welcome").hidden = lines.length > 0;
+  $("heading").textContent = conversation.title;
+  $("heading").hidden = !lines.length;
   $("welcome-text").textContent = models.length ? `You are talking to ${conversation.settings.model || models[0].id}.` : "";
   for (const id of bodies.keys()) if (!conversation.nodes[id]) bodies.delete(id);
   if (focused) document.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
@@ -205,6 +207,14 @@ function countdown(until) {
 
 export function tick() {
   for (const element of document.querySelectorAll(".countdown")) element.textContent = countdown(Number(element.dataset.until));
+}
+
+/** What scrolls sideways can be reached with the keyboard, and nothing else of a text: not all browsers see to that. */
+export function reachScrollers() {
+  for (const element of document.querySelectorAll(".prose :is(pre, .table, .maths.display)")) {
+    const index = element.scrollWidth > element.clientWidth ? 0 : -1;
+    if (element.tabIndex !== index) element.tabIndex = index;
+  }
 }
 
 /** How much of the context the shown path takes, from the last reply that told; of two lanes, the fuller. */
