@@ -12,7 +12,7 @@ import pytest
 from PIL import Image as Picture
 
 from herd.chat import ChatEvent, ChatRequest
-from herd.errors import HerdError
+from herd.errors import ContextError, HerdError
 from tests.serve.conftest import Live, live
 from tests.serve.echo import Echo
 
@@ -116,6 +116,91 @@ def test_stop(page: Any, backend: Moody) -> None:
     assert replies(page, state="stopped") == [text]
 
 
+def test_stop_before_the_first_word(page: Any) -> None:
+    page.route("**/v1/chat/completions", lambda route: None)
+    say(page, "hello")
+    page.locator(".reply[data-state=waiting] .waiting").wait_for()
+    page.click("#stop")
+    assert replies(page, state="stopped") == [""] and page.locator("#send").is_visible()
+    page.unroute("**/v1/chat/completions")
+    page.click("[data-act=regenerate]")
+    assert replies(page) == ["hello"]
+
+
+def test_edit_while_a_reply_comes(page: Any) -> None:
+    """What is typed stays while replies change, and what is sent takes the place of what was under way."""
+    say(page, "word " * 300)
+    page.locator(".reply[data-state=streaming]").wait_for()
+    page.hover(".said")
+    page.click("[data-act=edit]")
+    page.fill("#edit", "half an ed")
+    replies(page)
+    page.keyboard.type("it")
+    assert page.input_value("#edit") == "half an edit"
+    page.press("#edit", "Enter")
+    assert replies(page) == ["half an edit"]
+    say(page, "word " * 5000)
+    page.locator(".reply[data-state=streaming]").wait_for()
+    page.locator(".said").last.hover()
+    page.locator("[data-act=edit]").last.click()
+    page.fill("#edit", "this instead")
+    page.press("#edit", "Enter")
+    assert replies(page, 2) == ["half an edit", "this instead"] and not page.locator("#stop").is_visible()
+
+
+def test_what_has_not_changed_stays(page: Any) -> None:
+    """So that a selection lives, and a long chat is not laid out anew with each state of a reply."""
+    say(page, "hello")
+    replies(page)
+    page.evaluate("for (const line of document.getElementById('log').children) line.isOld = true")
+    say(page, "and again")
+    replies(page, 2)
+    assert page.evaluate("[...document.getElementById('log').children].map((line) => line.isOld ?? false)") == [True, True, False, False]
+
+
+def test_draft_lives_through_a_reload(page: Any) -> None:
+    page.fill("#input", "not sent yet")
+    page.reload()
+    page.wait_for_selector("body[data-ready]")
+    assert page.input_value("#input") == "not sent yet"
+    page.press("#input", "Enter")
+    replies(page)
+    page.reload()
+    assert page.input_value("#input") == ""
+
+
+def test_two_tabs_lose_nothing(page: Any, site: Live) -> None:
+    say(page, "first")
+    replies(page)
+    other = page.context.new_page()
+    other.goto(page.url)
+    say(other, "second")
+    assert replies(other, 2) == ["first", "second"] == replies(page, 2)  # shown in the other tab too
+    say(page, "third")
+    assert replies(page, 3) == replies(other, 3)
+    other.reload()
+    assert replies(other, 3) == ["first", "second", "third"]
+    other.click(".current [data-act=delete]")
+    page.locator("#conversations li").wait_for(state="detached")
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ("Object.defineProperty(window, 'indexedDB', { value: undefined })", "keeps nothing here"),
+        ("IDBObjectStore.prototype.put = () => { throw new DOMException('', 'QuotaExceededError'); }", "no more room"),
+        ("Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('', 'SecurityError'); } })", ""),
+    ],
+)
+def test_browser_that_keeps_nothing(page: Any, site: Live, broken: str, told: str) -> None:
+    page.add_init_script(broken)
+    visit(page, site)
+    say(page, "hello")
+    assert replies(page) == ["hello"]
+    if told:
+        page.locator("#toast", has_text=told).wait_for()
+
+
 def test_edit_makes_a_branch(page: Any) -> None:
     say(page, "first")
     replies(page)
@@ -175,6 +260,68 @@ def test_nothing_in_a_reply_runs(page: Any) -> None:
     assert page.title() != "hit"
 
 
+def test_formulas(page: Any) -> None:
+    loaded = "performance.getEntriesByType('resource').some(({ name }) => name.endsWith('temml.js'))"
+    say(page, "costs $5 and $10")
+    assert replies(page) == ["costs $5 and $10"] and not page.evaluate(loaded)
+    say(page, "so $x^2$ and \\(y\\), broken $\\frac{1$, $$\\frac{1}{2}$$\n\n\\[\nz\n\\]\n\nlast $\\nosuch{q}$")
+    page.locator("math").nth(3).wait_for()
+    assert page.evaluate(loaded) and page.locator("math").count() == 4
+    assert page.locator("math[display=block]").count() == 2 and page.locator("math mfrac mn").all_text_contents() == ["1", "2"]
+    assert page.locator(".is-source").all_inner_texts() == ["\\frac{1", "\\nosuch{q}"]
+
+
+def test_formula_that_grows_shows_no_error(page: Any) -> None:
+    say(page, "$x$")
+    page.locator("math").wait_for()
+    page.evaluate("""() => {
+      window.seen = [];
+      new MutationObserver(() => {
+        const last = [...document.querySelectorAll(".reply .prose")].at(-1);
+        window.seen.push([last.querySelectorAll(".is-source, merror").length, last.querySelectorAll("math").length]);
+      }).observe(document.getElementById("log"), { subtree: true, childList: true, characterData: true });
+    }""")
+    say(page, "$$ \\frac { 1 } { 2 } + \\left( \\sqrt { 3 } \\right) $$ and then some words that come after it, " + "one by one " * 20)
+    replies(page, 2)
+    seen = page.evaluate("window.seen")
+    assert len(seen) > 3 and {errors for errors, _ in seen} == {0}
+    assert [drawn for _, drawn in seen] == sorted(drawn for _, drawn in seen) and seen[-1][1] == 1  # once drawn it stays
+
+
+HOSTILE = [  # in the order: what is refused, what would take forever, what is too deep or too long
+    r"\href{javascript:alert(1)}{x}",
+    r"\includegraphics{https://x.org/a.png}",
+    r"\style{position:fixed}{x}",
+    r"\class{toast}{x}",
+    r"\id{input}{x}",
+    r"\data{act=delete}{x}",
+    r"\htmlData{act=delete}{x}",
+    r"\color{red;background:url(//x.org)}x",
+    r"\text{<script>alert(1)</script><img src=x onerror=alert(1)>}",
+    r"\ref{x}",
+    r"\def\a{\a\a}\a",
+    r"\def\a{" + "x" * 1000 + "}" + r"\a" * 900,
+    r"\cancelto{x}{" * 14 + "x" + "}" * 14,
+    r"\equilibriumRight{" * 14 + "x" + "}" * 14,
+    r"\sqrt{" * 500 + "x" + "}" * 500,
+    r"x^{" * 300 + "x" + "}" * 300,
+    "x+" * 100_000 + "y",
+]
+
+
+def test_nothing_in_a_formula_runs(page: Any) -> None:
+    page.set_default_timeout(10_000)
+    say(page, "$x$ " + " ".join(f"$${text}$$" for text in HOSTILE) + r" $$\kern-500em \rule{900em}{900em} x \label{input} \tag{2}$$")
+    page.locator("math").first.wait_for()
+    replies(page)
+    assert page.locator(".prose .maths:not(.is-set)").count() == 0 and page.locator(".is-source").count() == len(HOSTILE) - 1
+    assert page.locator(".prose :is(a, img, script, [id], [data-act], [href])").count() == 0
+    assert page.evaluate("document.elementFromPoint(60, 20).closest('#sidebar') !== null")  # nothing is drawn over the rest of the page
+    assert page.evaluate("document.getElementById('scroll').scrollWidth <= document.getElementById('scroll').clientWidth")
+    say(page, "still here")
+    replies(page, 2)
+
+
 def test_the_policy_stops_what_gets_through(page: Any) -> None:
     """If a reply did become HTML one day, the browser would refuse it."""
     refused = page.evaluate("() => { try { document.getElementById('log').innerHTML = '<b>x</b>'; } catch (error) { return error.name; } }")
@@ -215,6 +362,82 @@ def test_errors_are_shown_and_can_be_tried_again(page: Any, backend: Moody) -> N
     assert "his model takes no images. Hint: leave them out" in page.locator(".notice").inner_text()
     page.click("[data-act=retry]")
     assert replies(page) == ["hello"] and page.locator(".notice").count() == 0
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_stream_that_breaks_keeps_what_came(page: Any, ends: bool) -> None:
+    """A server that dies in the middle of a reply, and one that tells of a failure there."""
+    said = json.dumps({"choices": [{"delta": {"content": "half of"}}]})
+    failure = json.dumps({"error": {"message": "the engine has died", "code": None}})
+    body = f"data: {said}\n\n" + f"data: {failure}\n\n" * ends
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    say(page, "hello")
+    assert replies(page, state="failed") == ["half of"]
+    assert page.locator(".notice p").inner_text().lower().startswith("the engine has died" if ends else "the connection broke off")
+    page.unroute("**/v1/chat/completions")
+    page.click("[data-act=retry]")
+    assert replies(page) == ["hello"]
+
+
+def test_full_context_is_told_with_what_to_do(page: Any, backend: Moody) -> None:
+    backend.errors = [ContextError("the prompt has 9,000 tokens; this engine holds 8,192")]
+    say(page, "hello")
+    page.locator(".notice.full").wait_for()
+    assert (
+        "The context is full" in page.locator(".notice").inner_text() and "edit an earlier message" in page.locator(".notice").inner_text()
+    )
+    page.locator(".notice [data-act=new]").click()
+    say(page, "anew")
+    assert replies(page) == ["anew"]
+
+
+@pytest.mark.parametrize(
+    ("length", "level", "text"),
+    [
+        (100, "", "6 of 100 tokens"),
+        (7, "low", "Nearly full: 1 tokens left"),
+        (6, "full", "Context full: start a new chat"),
+        (None, "", "6 tokens"),
+    ],
+)
+def test_context_bar(page: Any, length: int | None, level: str, text: str) -> None:
+    models = [{"id": "one", "context_length": length}, {"id": "two", "max_model_len": length}]
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": models}))
+    page.reload()
+    say(page, "a b c")
+    replies(page)
+    assert page.inner_text("#context-text") == text and page.get_attribute("#context", "data-level") == level
+    assert page.locator("#context-bar").is_visible() == bool(length)
+    if length:
+        assert page.locator("#context-bar").evaluate("bar => bar.value") == pytest.approx(min(1, 6 / length))
+
+
+def test_models_that_load_and_are_missing(page: Any) -> None:
+    held: list[Any] = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    page.wait_for_function("document.getElementById('model0').textContent === 'Loading models…'")
+    assert page.locator("#model0").is_disabled()
+    while not held:
+        page.wait_for_timeout(10)
+    held.pop().fulfill(status=503, body="")
+    page.locator("#banner").wait_for()
+    assert page.locator("#model0").inner_text().strip() == "No models" and "status 503" in page.inner_text("#banner-text")
+
+
+def test_waiting_for_a_busy_server_can_end(page: Any) -> None:
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=503, headers={"retry-after": "60"}, body=""))
+    say(page, "hello")
+    page.locator(".notice.busy").wait_for()
+    assert page.inner_text(".countdown") in ("Trying again in 60 s", "Trying again in 59 s")
+    page.click("[data-act=stop-one]")
+    page.locator(".reply[data-state=stopped]").wait_for()
+    assert page.locator(".notice").count() == 0
+    page.click("[data-act=regenerate]")
+    page.locator(".notice.busy").wait_for()
+    page.unroute("**/v1/chat/completions")
+    page.click("[data-act=retry]")  # now, not in a minute
+    assert replies(page) == ["hello"]
 
 
 def test_busy_server_is_asked_again(page: Any) -> None:
@@ -319,6 +542,20 @@ def test_phone(chromium: Any, site: Live, width: int) -> None:
     page.click("#menu")
     page.locator("#sidebar").wait_for()
     page.context.close()
+
+
+def test_right_to_left(page: Any) -> None:
+    say(page, "שלום world\n\nhello שלום")
+    replies(page)
+    directions = page.locator(".prose p").evaluate_all("all => all.map((one) => getComputedStyle(one).direction)")
+    assert directions == ["rtl", "ltr"]
+    assert page.locator(".bubble p").evaluate("one => getComputedStyle(one).direction") == "rtl"
+
+
+def test_what_scrolls_can_be_reached(page: Any) -> None:
+    say(page, f"```\n{'long ' * 100}\n```\n\n```\nshort\n```")
+    replies(page)
+    page.wait_for_function("[...document.querySelectorAll('.prose pre')].map((one) => one.tabIndex).join() === '0,-1'")
 
 
 def test_controls_have_names(page: Any) -> None:

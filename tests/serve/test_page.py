@@ -1,5 +1,6 @@
 """The files of the chat page: what comes with them, and that nothing else can be had."""
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -94,10 +95,15 @@ def test_page_loads_its_own_files_only():
     assert page.loaded and set(page.loaded) <= {f"web/{name}" for name in FILES}
     for path in WEB.glob("*.js"):
         code = path.read_text()
-        assert set(re.findall(r'from "\./([^"]+)"', code)) <= set(FILES)
+        assert set(re.findall(r'(?:from |import\()"\./([^"]+)"', code)) <= set(FILES)
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", code), path.name
         assert len(code.splitlines()) < 450
     assert not re.search(r"@import|url\(", (WEB / "style.css").read_text())
+
+
+def test_temml_is_as_it_was_published():
+    code, last = (WEB / "temml.js").read_bytes().rsplit(b"\n", 2)[:2]
+    assert hashlib.sha256(code).hexdigest() in (Path(__file__).parents[2] / "NOTICE").read_text() and last == b"export default temml;"
 
 
 @pytest.mark.skipif(NODE is None, reason="no node here")

@@ -1,6 +1,8 @@
 // The server, as any client sees it: /v1/models and /v1/chat/completions. Addresses are relative, so that a proxy may add a prefix.
 
-/** A request that failed. `kind`: offline, key, busy, refused, failed; `afterS`: seconds to wait before trying again, where one is told. */
+const FULL = "context_length_exceeded";
+
+/** A request that failed. `kind`: offline, key, busy, full (the context), refused, failed; `afterS`: seconds to wait before trying again, where one is told. */
 export class ApiError extends Error {
   constructor(kind, message, afterS = null) {
     super(message);
@@ -25,11 +27,13 @@ async function request(path, key, options = {}) {
 export async function refusal(reply) {
   const text = await reply.text().catch(() => "");
   let message = "";
+  let code = "";
   try {
-    message = JSON.parse(text).error?.message ?? "";
+    ({ message = "", code = "" } = JSON.parse(text).error ?? {});
   } catch {
     // a proxy's page, of which the status says enough
   }
+  if (code === FULL) return new ApiError("full", message);
   message ||= `The server answered with status ${reply.status}.`;
   if (reply.status === 401 || reply.status === 403) return new ApiError("key", message);
   const after = waitS(reply.headers.get("retry-after"));
@@ -58,7 +62,7 @@ export async function* streamChat(body, key, signal) {
     for await (const data of events(reply.body)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ApiError("failed", chunk.error.message ?? "The server failed on this reply.");
+      if (chunk.error) throw new ApiError(chunk.error.code === FULL ? "full" : "failed", chunk.error.message ?? "The server failed on this reply.");
       const choice = chunk.choices?.[0];
       if (choice?.delta?.content) yield { text: choice.delta.content };
       if (choice?.finish_reason) yield { finish: choice.finish_reason };

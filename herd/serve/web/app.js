@@ -2,8 +2,9 @@
 
 import { listModels } from "./api.js";
 import { Chat } from "./chat.js";
-import { Database, readPreferences, writePreferences } from "./database.js";
-import { dataUri, pictures } from "./images.js";
+import { Database, readDraft, readPreferences, writeDraft, writePreferences } from "./database.js";
+import { dataUri, listen } from "./images.js";
+import { listenToList } from "./list.js";
 import { applyTheme, download, nextTheme, openSettings } from "./settings.js";
 import * as store from "./store.js";
 import * as view from "./view.js";
@@ -14,6 +15,7 @@ const RECONNECT_MS = 5000;
 const preferences = readPreferences();
 const state = {
   models: [],
+  isLoading: true, // the models, for the first time
   conversations: [],
   current: store.newConversation(store.settingsFrom(preferences.settings)),
   images: [], // of the message that is being written
@@ -78,7 +80,7 @@ function showCurrent() {
 function showModels() {
   store.lanes(state.current).forEach(({ settings }, lane) => {
     if (!settings.model && state.models.length) settings.model = state.models[0].id;
-    view.showModels($(`model${lane}`), state.models, settings.model);
+    view.showModels($(`model${lane}`), state.models, settings.model, state.isLoading);
   });
 }
 
@@ -120,13 +122,25 @@ async function connect() {
   try {
     state.models = await listModels(preferences.key);
     $("banner").hidden = true;
-    showModels();
-    showCurrent();
   } catch (error) {
     $("banner").hidden = false;
-    $("banner-text").textContent = error.kind === "key" ? `${error.message} Put a key into the settings.` : error.message;
+    $("banner-text").textContent = error.kind === "key" ? "The server asks for an API key. Put it into the settings." : error.message;
     reconnecting = setTimeout(connect, RECONNECT_MS);
   }
+  state.isLoading = false;
+  showModels();
+  showCurrent();
+}
+
+/** Another tab has stored or deleted a conversation. */
+async function changedElsewhere(id) {
+  const stored = await database.one(id);
+  const here = state.conversations.find((conversation) => conversation.id === id);
+  if (!stored) state.conversations = state.conversations.filter((conversation) => conversation !== here);
+  else if (here) store.follow(here, stored);
+  else state.conversations.push(stored);
+  showList();
+  if (here === state.current) showCurrent();
 }
 
 // What people can do
@@ -146,12 +160,25 @@ function send(text, images) {
   return true;
 }
 
+/** Start what is said instead of these messages, once the replies under way to them have stopped. */
+async function startInstead(messages, make) {
+  const { current } = state;
+  const isTo = (reply) => store.path(current, reply.id).some((node) => messages.includes(node));
+  await chat.stopped(underWay().filter(isTo));
+  if (state.current === current) start(make());
+}
+
 function open(conversation) {
   state.current = conversation;
   state.editing = null;
   state.isFollowing = true;
-  document.body.classList.remove("sidebar-open");
+  showSidebar(false);
   showAll();
+}
+
+function showSidebar(isOpen) {
+  document.body.classList.toggle("sidebar-open", isOpen);
+  $("menu").setAttribute("aria-expanded", String(isOpen));
 }
 
 function openNew() {
@@ -239,8 +266,8 @@ const actions = {
   rename: (element) => rename(conversationOf(element), element.closest("li")),
   delete: (element) => remove(conversationOf(element)),
   sidebar: () => {
-    const isOpen = document.body.classList.toggle("sidebar-open");
-    $("menu").setAttribute("aria-expanded", String(isOpen));
+    const isOpen = !document.body.classList.contains("sidebar-open");
+    showSidebar(isOpen);
     (isOpen ? $("search") : $("menu")).focus();
   },
   theme: () => {
@@ -283,12 +310,11 @@ const actions = {
   "save-edit": (element) => {
     const { node, row } = messageOf(element);
     const text = $("edit").value.trim();
-    if ((!text && !node.images.length) || underWay().length) return;
+    if (!text && !node.images.length) return;
     state.editing = null;
-    start(store.edit(state.current, row, text, node.images));
+    startInstead(row, () => store.edit(state.current, row, text, node.images));
   },
   turn: (element) => {
-    if (underWay().length) return;
     store.turn(state.current, messageOf(element).node, Number(element.dataset.step));
     state.isFollowing = false;
     save(state.current);
@@ -296,13 +322,12 @@ const actions = {
   },
   regenerate: (element) => {
     const { node, row } = messageOf(element);
-    if (!underWay().length) start(store.regenerate(state.current, row, node));
+    startInstead([node], () => store.regenerate(state.current, row, node));
   },
   retry: async (element) => {
     const { node, row } = messageOf(element);
     const lane = row.length === 2 ? row.indexOf(node) : 0;
-    chat.stop([node]);
-    while (chat.isRunning(node)) await new Promise((resolve) => setTimeout(resolve, 10));
+    await chat.stopped([node]);
     start([{ node, lane }]);
   },
   copy: (element) => copyFrom(element, messageOf(element).node.text),
@@ -331,6 +356,7 @@ $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!send($("input").value, state.images)) return;
   $("input").value = "";
+  writeDraft("");
   state.images = [];
   view.showAttached([]);
   fit();
@@ -350,32 +376,12 @@ document.addEventListener("keydown", (event) => {
     else actions.stop();
   } else if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey) && !$("settings").open) {
     event.preventDefault();
-    document.body.classList.add("sidebar-open");
+    showSidebar(true);
     $("search").select();
   }
 });
 
-$("search").addEventListener("input", showList);
-$("search").addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" && event.key !== "ArrowDown") return;
-  event.preventDefault();
-  const [first] = $("conversations").querySelectorAll("button.open");
-  const isNew = event.key === "Enter" && (!event.target.value.trim() || !first);
-  if (event.key === "ArrowDown") first?.focus();
-  else if (isNew) openNew();
-  else first.click();
-  if (event.key === "Enter") {
-    event.target.value = "";
-    showList();
-  }
-});
-$("conversations").addEventListener("keydown", (event) => {
-  const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-  if (!step) return;
-  event.preventDefault();
-  const all = [...$("conversations").querySelectorAll("button.open")];
-  (all[all.indexOf(event.target) + step] ?? (step < 0 ? $("search") : event.target)).focus();
-});
+listenToList({ showList, openNew });
 
 for (const lane of [0, 1]) {
   $(`model${lane}`).addEventListener("change", (event) => {
@@ -389,31 +395,14 @@ $("files").addEventListener("change", (event) => (attach([...event.target.files]
 $("import-file").addEventListener("change", (event) => (importFile(event.target.files[0]), (event.target.value = "")));
 $("settings").addEventListener("close", connect); // perhaps with another key
 
-document.addEventListener("paste", (event) => {
-  const found = pictures(event.clipboardData);
-  if (!found.length) return;
-  event.preventDefault();
-  attach(found);
-});
-document.addEventListener("dragover", (event) => {
-  event.preventDefault();
-  document.body.classList.add("dropping");
-});
-document.addEventListener("dragleave", (event) => {
-  if (!event.relatedTarget) document.body.classList.remove("dropping");
-});
-document.addEventListener("drop", (event) => {
-  event.preventDefault(); // or the browser would leave the page for the file
-  document.body.classList.remove("dropping");
-  attach(pictures(event.dataTransfer));
-});
+listen(attach);
 
 function fit() {
   const field = $("input");
   field.style.height = "auto";
   field.style.height = `${field.scrollHeight}px`;
 }
-$("input").addEventListener("input", fit);
+$("input").addEventListener("input", () => (fit(), writeDraft($("input").value)));
 
 $("scroll").addEventListener("scroll", () => {
   const { scrollTop, scrollHeight, clientHeight } = $("scroll");
@@ -421,12 +410,17 @@ $("scroll").addEventListener("scroll", () => {
   $("latest").hidden = state.isFollowing;
 });
 
+new ResizeObserver(() => (follow(), view.reachScrollers())).observe($("log")); // pictures and formulas come late
+
 setInterval(view.tick, 500);
 
 async function begin() {
   applyTheme(preferences.theme);
+  $("input").value ||= readDraft();
+  fit();
   try {
     database = await Database.open();
+    database.listen(changedElsewhere);
     state.conversations = (await database.all()).map(store.settled);
   } catch {
     view.toast("This browser keeps nothing here: chats are gone when the page closes.");

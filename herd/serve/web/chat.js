@@ -6,7 +6,7 @@ import { requestBody } from "./store.js";
 const SAVE_MS = 2000;
 
 export class Chat {
-  #running = new Map(); // id of a reply: what stops it
+  #running = new Map(); // id of a reply: what stops it, and a promise of its end
 
   /** `grown(conversation, reply)` is called on every piece, `changed(conversation, reply)` when the state of a reply is another. */
   constructor({ key, grown, changed, save }) {
@@ -17,18 +17,25 @@ export class Chat {
     return this.#running.has(reply.id);
   }
 
-  get isIdle() {
-    return this.#running.size === 0;
+  stop(replies) {
+    for (const reply of replies) this.#running.get(reply.id)?.controller.abort();
   }
 
-  stop(replies) {
-    for (const reply of replies) this.#running.get(reply.id)?.abort();
+  /** Stop, and wait until it has. */
+  async stopped(replies) {
+    this.stop(replies);
+    await Promise.all(replies.map((reply) => this.#running.get(reply.id)?.done));
   }
 
   /** Compute a reply, from its beginning. Its settings are copied: they may change while it runs. */
-  async run(conversation, reply, settings) {
+  run(conversation, reply, settings) {
     const controller = new AbortController();
-    this.#running.set(reply.id, controller);
+    const running = { controller };
+    this.#running.set(reply.id, running);
+    running.done = this.#run(conversation, reply, settings, controller);
+  }
+
+  async #run(conversation, reply, settings, controller) {
     const body = requestBody(conversation, reply, structuredClone(settings));
     try {
       while (!(await this.#attempt(conversation, reply, body, controller.signal))) {
@@ -37,7 +44,7 @@ export class Chat {
     } finally {
       this.#running.delete(reply.id);
       delete reply.retryAt;
-      conversation.updated = Date.now();
+      conversation.updated = reply.at = Date.now(); // `at` tells tabs who has the newest of it
       this.changed(conversation, reply);
       await this.save(conversation);
     }
@@ -85,6 +92,7 @@ export class Chat {
       }
       if (last - saved > SAVE_MS) {
         saved = last;
+        reply.at = Date.now();
         this.save(conversation);
       }
     }

@@ -1,8 +1,11 @@
 // What the browser keeps: conversations in IndexedDB, preferences in localStorage. Either may be missing (private windows, full disks):
 // then the page works on and says that nothing is kept.
 
+import { merge } from "./store.js";
+
 const NAME = "herd";
 const PREFERENCES = "herd.preferences";
+const DRAFT = "herd.draft";
 
 function promised(request) {
   return new Promise((resolve, reject) => {
@@ -19,9 +22,16 @@ export class Database {
     return new Database(await promised(request));
   }
 
+  #tabs = new BroadcastChannel(NAME); // ids of what was stored or deleted, for the other tabs
+
   constructor(connection) {
     this.connection = connection;
     connection.onversionchange = () => connection.close(); // a newer page in another tab waits for this
+  }
+
+  /** `changed(id)` is called when another tab has stored or deleted a conversation. */
+  listen(changed) {
+    this.#tabs.onmessage = ({ data }) => changed(data);
   }
 
   #store(mode) {
@@ -32,18 +42,26 @@ export class Database {
     return promised(this.#store("readonly").getAll());
   }
 
-  /** Throws a QuotaExceededError when the browser has no more room. */
+  one(id) {
+    return promised(this.#store("readonly").get(id));
+  }
+
+  /** Store it, with what other tabs have added meanwhile. Throws a QuotaExceededError when the browser has no more room. */
   async save(conversation) {
     const store = this.#store("readwrite");
+    const stored = await promised(store.get(conversation.id));
+    if (stored) merge(conversation, stored);
     store.put(conversation);
     await new Promise((resolve, reject) => {
       store.transaction.oncomplete = resolve;
       store.transaction.onabort = () => reject(store.transaction.error);
     });
+    this.#tabs.postMessage(conversation.id);
   }
 
   async remove(id) {
     await promised(this.#store("readwrite").delete(id));
+    this.#tabs.postMessage(id);
   }
 }
 
@@ -60,5 +78,22 @@ export function writePreferences(preferences) {
     localStorage.setItem(PREFERENCES, JSON.stringify(preferences));
   } catch {
     // kept until the page closes
+  }
+}
+
+/** What is being written, for this tab, through a reload. */
+export function readDraft() {
+  try {
+    return sessionStorage.getItem(DRAFT) ?? "";
+  } catch {
+    return "";
+  }
+}
+
+export function writeDraft(text) {
+  try {
+    sessionStorage.setItem(DRAFT, text);
+  } catch {
+    // too long, or no storage: it stands in its field
   }
 }

@@ -5,8 +5,30 @@ const MAX_SIDE = 2048; // pixels; above what Llama 4 looks at (16 tiles of 336),
 const MAX_BYTES = 4 << 20;
 
 /** The files of a paste or a drop that are pictures. */
-export function pictures(transfer) {
+function pictures(transfer) {
   return [...(transfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+}
+
+/** Give `attach` the pictures that are pasted or dropped anywhere on the page. */
+export function listen(attach) {
+  document.addEventListener("paste", (event) => {
+    const found = pictures(event.clipboardData);
+    if (!found.length) return;
+    event.preventDefault();
+    attach(found);
+  });
+  document.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  });
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) document.body.classList.remove("dropping");
+  });
+  document.addEventListener("drop", (event) => {
+    event.preventDefault(); // or the browser would leave the page for the file
+    document.body.classList.remove("dropping");
+    attach(pictures(event.dataTransfer));
+  });
 }
 
 /** A file as it is, if the API takes it and it is small; else drawn anew. Throws an Error in plain words. */

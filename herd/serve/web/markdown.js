@@ -11,6 +11,7 @@ const TAGS = new Set(
 );
 const ATTRIBUTES = new Set(["class", "href", "start", "title", "type"]);
 const MAX_DEPTH = 12;
+const MAX_FORMULA = 100; // lines
 
 const h = (tag, attributes, ...children) => ({ tag, attributes: attributes ?? {}, children: children.flat() });
 
@@ -86,22 +87,23 @@ function codeBlock(code, language) {
   return h("figure", { class: "code" }, bar, h("pre", null, h("code", null, pieces)));
 }
 
+/** A formula of its own. One that is not closed ends with the paragraph, and stays source: it may be growing. */
 function maths(lines, i) {
   const [open] = MATHS_OPEN.exec(lines[i]);
   const close = open.trim() === "$$" ? "$$" : "\\]";
-  const body = [];
-  let rest = lines[i].slice(open.length);
-  for (;;) {
-    const end = rest.indexOf(close);
-    body.push(end < 0 ? rest : rest.slice(0, end));
-    i += 1;
-    if (end >= 0 || i >= lines.length) {
-      const after = end < 0 ? "" : rest.slice(end + close.length).trim();
-      const shown = h("div", { class: "maths" }, body.join("\n").trim());
-      return [after ? h("div", null, shown, h("p", null, inline(after))) : shown, i];
-    }
-    rest = lines[i];
-  }
+  const first = lines[i].slice(open.length);
+  const at = lines.slice(i, i + MAX_FORMULA).findIndex((line, n) => (n ? line : first).includes(close));
+  const end = at >= 0 ? i + at : lastOfParagraph(lines, i);
+  const body = [first, ...lines.slice(i + 1, end + 1)];
+  const [last, ...after] = at >= 0 ? body.pop().split(close) : [body.pop()];
+  const shown = h("div", { class: at >= 0 ? "maths display" : "maths" }, [...body, last].join("\n").trim());
+  const rest = after.join(close).trim();
+  return [rest ? h("div", null, shown, h("p", null, inline(rest))) : shown, end + 1];
+}
+
+function lastOfParagraph(lines, i) {
+  while (lines[i + 1]?.trim()) i += 1;
+  return i;
 }
 
 function quote(lines, i, depth) {
@@ -222,11 +224,11 @@ function indexOf(text, mark, from, failed) {
 function escape(text, at, depth, failed) {
   if (text.startsWith("\\(", at)) {
     const end = indexOf(text, "\\)", at + 2, failed);
-    if (end > 0) return { node: h("span", { class: "maths" }, text.slice(at + 2, end).trim()), end: end + 2 };
+    if (end > 0) return { node: h("span", { class: "maths inline" }, text.slice(at + 2, end).trim()), end: end + 2 };
   }
   if (text.startsWith("\\[", at)) {
     const end = indexOf(text, "\\]", at + 2, failed);
-    if (end > 0) return { node: h("span", { class: "maths" }, text.slice(at + 2, end).trim()), end: end + 2 };
+    if (end > 0) return { node: h("span", { class: "maths display" }, text.slice(at + 2, end).trim()), end: end + 2 };
   }
   return /[!-/:-@[-`{-~]/.test(text[at + 1] ?? "") ? { node: text[at + 1], end: at + 2 } : null;
 }
@@ -320,14 +322,18 @@ function angle(text, at) {
   return found && text[found.end] === ">" ? { node: found.node, end: found.end + 1 } : null;
 }
 
-/** $x$ is maths where nobody would write it of money: no space inside the dollars, no digit after them. */
+const PRICE = /^[\d.,]+[kKmMbB]? (?!.*[\\^_={}])[A-Za-z]{2,}/; // as in "$5 or 10$"
+
+/** $x$ is maths where nobody would write it of money or of a shell: no space inside the dollars, no word before, no number or name after. */
 function dollar(text, at, depth, failed) {
   const mark = text[at + 1] === "$" ? "$$" : "$";
   const from = at + mark.length;
-  if (isSpace(text[from])) return null;
+  if (isSpace(text[from]) || /[A-Za-z0-9]/.test(text[at - 1] ?? "")) return null;
   const end = indexOf(text, mark, from, failed);
-  if (end <= from || isSpace(text[end - 1]) || /\d/.test(text[end + mark.length] ?? "") || text.slice(from, end).includes("\n\n")) return null;
-  return { node: h("span", { class: "maths" }, text.slice(from, end)), end: end + mark.length };
+  if (end <= from || isSpace(text[end - 1]) || /[\dA-Z_{]/.test(text[end + mark.length] ?? "")) return null;
+  const held = text.slice(from, end);
+  if (held.includes("\n\n") || PRICE.test(held)) return null;
+  return { node: h("span", { class: mark === "$" ? "maths inline" : "maths display" }, held), end: end + mark.length };
 }
 
 const RULES = {
@@ -360,6 +366,7 @@ export function show(container, text, document) {
   for (const { element } of before.slice(same)) element.remove();
   for (const one of now.slice(same)) {
     one.element = toDom(one.node, document);
+    one.element.dir = "auto"; // from right to left where the block begins so
     container.append(one.element);
   }
   container.shownBlocks = [...before.slice(0, same), ...now.slice(same)];

@@ -188,6 +188,24 @@ export function unknown(found, here) {
     .map((one) => (known.has(one.id) ? { ...one, id: newId("c") } : one));
 }
 
+/** Take over what another tab has stored of this conversation: messages that are not here, and replies that have grown there since. */
+export function merge(conversation, stored) {
+  for (const [id, node] of Object.entries(stored.nodes)) {
+    const here = conversation.nodes[id];
+    if (!here) conversation.nodes[id] = node;
+    else if (node.at > here.at) Object.assign(here, node, { error: node.error });
+  }
+}
+
+/** `merge`, and show what the other tab shows, where that goes on from what is shown here. */
+export function follow(conversation, stored) {
+  merge(conversation, stored);
+  conversation.title = stored.title;
+  conversation.updated = stored.updated;
+  const goesOn = !conversation.leaf || path(conversation, stored.leaf).some(({ id }) => id === conversation.leaf);
+  if (goesOn && !conversation.compare && !stored.compare) conversation.leaf = stored.leaf;
+}
+
 /** A stored conversation after the page has gone: replies that were under way have stopped. */
 export function settled(conversation) {
   for (const node of Object.values(conversation.nodes)) {

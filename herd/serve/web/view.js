@@ -2,10 +2,12 @@
 // do comes back through `data-act` attributes, which app.js listens to in one place.
 
 import { show } from "./markdown.js";
+import { typeset } from "./maths.js";
 import { rows, siblings } from "./store.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const bodies = new Map(); // id of a reply: the element of its text, kept while the page is rebuilt around it
+const drawn = new Map(); // a line of messages: what it was made of, and its element
 
 export const $ = (id) => document.getElementById(id);
 
@@ -55,17 +57,46 @@ export function showList(found, current, isSearching) {
   $("none-found").textContent = found.length ? "" : none;
 }
 
-/** All messages of a conversation. Focus stays on the control it was on. */
+/** All messages of a conversation. Lines that are as they were keep their elements, and what is selected or typed in them; focus stays. */
 export function showMessages(conversation, { editing, models }) {
   const focused = document.activeElement?.dataset?.key;
   const lines = rows(conversation).filter((row) => row[0]);
   const log = $("log");
-  log.replaceChildren(...lines.map((row) => line(conversation, row, editing)));
+  const held = lines.map((row) => keptLine(conversation, row, editing));
+  for (const [key, { element }] of drawn) if (!held.includes(element)) drawn.delete(key);
+  replace(log, held);
   log.classList.toggle("is-comparing", Boolean(conversation.compare));
   $("welcome").hidden = lines.length > 0;
+  $("heading").textContent = conversation.title;
+  $("heading").hidden = !lines.length;
   $("welcome-text").textContent = models.length ? `You are talking to ${conversation.settings.model || models[0].id}.` : "";
   for (const id of bodies.keys()) if (!conversation.nodes[id]) bodies.delete(id);
   if (focused) document.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
+}
+
+function keptLine(conversation, row, editing) {
+  const key = row.map(({ id }) => id).join(" ");
+  const before = drawn.get(key);
+  const parts = (node) => [{ ...node, text: "", images: node.images.length }, siblings(conversation, node).map(({ id }) => id), editing === node.id];
+  const made = JSON.stringify(row.map(parts)); // without the text: a string is compared with itself at once
+  if (before?.made === made && row.every(({ text }, i) => text === before.texts[i])) return before.element;
+  const element = line(conversation, row, editing);
+  drawn.set(key, { made, texts: row.map(({ text }) => text), element });
+  return element;
+}
+
+/** Make these the children, touching none that stays: to be taken out and put back costs a node its selection, and the page its layout. */
+function replace(parent, children) {
+  let at = parent.firstChild;
+  for (const child of children) {
+    if (child === at) at = at.nextSibling;
+    else parent.insertBefore(child, at);
+  }
+  while (at) {
+    const next = at.nextSibling;
+    at.remove();
+    at = next;
+  }
 }
 
 function line(conversation, row, editing) {
@@ -88,7 +119,8 @@ function said(conversation, row, editing) {
     );
     return el("article", attributes, el("div", { className: "editing" }, field, buttons));
   }
-  const bubble = el("div", { className: "bubble" }, images.length ? el("div", { className: "pictures" }, images) : null, el("p", {}, node.text));
+  const pictures = images.length ? el("div", { className: "pictures" }, images) : null;
+  const bubble = el("div", { className: "bubble" }, pictures, el("p", { dir: "auto" }, node.text));
   const bar = el("div", { className: "bar" }, arrows(conversation, node), button("edit", "Edit", "pencil"), button("copy", "Copy", "copy"));
   return el("article", attributes, bubble, bar);
 }
@@ -114,6 +146,7 @@ function body(node) {
   if (!bodies.has(node.id)) bodies.set(node.id, el("div", { className: "prose" }));
   const element = bodies.get(node.id);
   show(element, node.text, document);
+  typeset(element);
   return element;
 }
 
@@ -143,7 +176,11 @@ function facts(node) {
 }
 
 const TITLES = {
-  offline: "No connection", key: "An API key is needed", busy: "The server is busy", refused: "The server refused this", failed: "The reply failed",
+  offline: "No connection", key: "An API key is needed", busy: "The server is busy", full: "The context is full", refused: "The server refused this",
+  failed: "The reply failed",
+};
+const ADVICE = {
+  full: "Start a new chat, or edit an earlier message: what came after it then no longer counts. A shorter system prompt helps too.",
 };
 
 function notice(node) {
@@ -152,11 +189,13 @@ function notice(node) {
   const act = (name, label) => el("button", { type: "button", "data-act": name }, label);
   const buttons = kind === "busy" && node.retryAt ? [act("retry", "Try now"), act("stop-one", "Cancel")] : [act("retry", "Try again")];
   if (kind === "key") buttons.unshift(act("settings", "Open settings"));
+  if (kind === "full") buttons.unshift(act("new", "New chat"));
   return el(
     "div",
     { className: `notice ${kind}`, role: "alert" },
     el("strong", {}, TITLES[kind] ?? TITLES.failed),
     el("p", {}, message),
+    ADVICE[kind] ? el("p", {}, ADVICE[kind]) : null,
     node.retryAt ? el("p", { className: "countdown", "data-until": String(node.retryAt) }, countdown(node.retryAt)) : null,
     el("div", { className: "notice-buttons" }, ...buttons),
   );
@@ -170,24 +209,43 @@ export function tick() {
   for (const element of document.querySelectorAll(".countdown")) element.textContent = countdown(Number(element.dataset.until));
 }
 
-/** How much of the context the shown path takes, from the last reply that told. */
-export function showContext(conversation, models) {
-  const used = rows(conversation).flat().filter((node) => node?.usage).at(-1);
-  const length = models.find(({ id }) => id === used?.model)?.context;
-  $("context").hidden = !used;
-  if (!used) return;
-  const tokens = used.usage.prompt_tokens + used.usage.completion_tokens;
-  const share = length ? Math.min(1, tokens / length) : 0;
-  $("context-text").textContent = length ? `${tokens.toLocaleString()} of ${length.toLocaleString()} tokens` : `${tokens.toLocaleString()} tokens`;
-  $("context-bar").hidden = !length;
-  $("context-bar").value = share;
-  $("context").classList.toggle("is-nearly-full", share > 0.85);
+/** What scrolls sideways can be reached with the keyboard, and nothing else of a text: not all browsers see to that. */
+export function reachScrollers() {
+  for (const element of document.querySelectorAll(".prose :is(pre, .table, .maths.display)")) {
+    const index = element.scrollWidth > element.clientWidth ? 0 : -1;
+    if (element.tabIndex !== index) element.tabIndex = index;
+  }
 }
 
-export function showModels(select, models, chosen) {
+/** How much of the context the shown path takes, from the last reply that told; of two lanes, the fuller. */
+export function showContext(conversation, models) {
+  const last = rows(conversation).findLast((row) => row.some((node) => node?.usage)) ?? [];
+  const all = last.filter((node) => node?.usage).map((node) => contextOf(node, models));
+  const [fullest] = all.sort((a, b) => b.share - a.share || b.tokens - a.tokens);
+  $("context").hidden = !fullest;
+  if (!fullest) return;
+  const { tokens, length, share } = fullest;
+  const left = `${Math.max(0, length - tokens).toLocaleString()} tokens left`;
+  const level = share >= 0.98 ? "full" : share > 0.85 ? "low" : "";
+  const used = length ? `${tokens.toLocaleString()} of ${length.toLocaleString()} tokens` : `${tokens.toLocaleString()} tokens`;
+  $("context-text").textContent = { full: "Context full: start a new chat", low: `Nearly full: ${left}`, "": used }[level];
+  $("context").title = length ? `${used} of the context` : "";
+  $("context-bar").hidden = !length;
+  $("context-bar").value = share;
+  $("context").dataset.level = level;
+}
+
+function contextOf(node, models) {
+  const length = models.find(({ id }) => id === node.model)?.context ?? 0;
+  const tokens = node.usage.prompt_tokens + node.usage.completion_tokens;
+  return { tokens, length, share: length ? Math.min(1, tokens / length) : 0 };
+}
+
+export function showModels(select, models, chosen, isLoading) {
   const names = models.map(({ id }) => id);
   if (chosen && !names.includes(chosen)) names.push(chosen);
-  select.replaceChildren(...names.map((name) => el("option", { value: name, selected: name === chosen }, name)));
+  const none = el("option", { value: "" }, isLoading ? "Loading models…" : "No models");
+  select.replaceChildren(...names.map((name) => el("option", { value: name, selected: name === chosen }, name)), ...(names.length ? [] : [none]));
   select.disabled = names.length === 0;
 }
 

@@ -36,6 +36,8 @@ test("a stream that ends early, or fails, says so", async () => {
   assert.deepEqual(await streamed(`${piece}data: [DONE]\n\n`), [{ text: "a" }]);
   await assert.rejects(streamed(piece), { kind: "offline", message: /broke off/ });
   await assert.rejects(streamed(`${piece}data: {"error":{"message":"no room"}}\n\n`), { kind: "failed", message: "no room" });
+  await assert.rejects(streamed(`${piece}data: {"error":{"message":"long","code":"context_length_exceeded"}}\n\n`), { kind: "full", message: "long" });
+  await assert.rejects(streamed('{"error":{"message":"long","code":"context_length_exceeded"}}', 400), { kind: "full", message: "long" });
   globalThis.fetch = async () => {
     throw new TypeError("Failed to fetch");
   };

@@ -50,13 +50,22 @@ const CASES = [
   ["> a\n> > b", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>"],
   ["a\n***\nb", "<p>a</p><hr></hr><p>b</p>"],
   ["In\n1984. Then", "<p>In<br></br>1984. Then</p>"],
-  ["cost $5 and $6, but $x^2$", '<p>cost $5 and $6, but <span class="maths">x^2</span></p>'],
-  ["\\(a\\) and\n\n\\[\nb\n\\]", '<p><span class="maths">a</span> and</p><div class="maths">b</div>'],
+  ["cost $5 and $6, but $x^2$", '<p>cost $5 and $6, but <span class="maths inline">x^2</span></p>'],
+  ["\\(a\\) and\n\n\\[\nb\n\\]", '<p><span class="maths inline">a</span> and</p><div class="maths display">b</div>'],
+  ["so $$a$$ and \\[b\\]", '<p>so <span class="maths display">a</span> and <span class="maths display">b</span></p>'],
+  ["$$a\n\nb$$, then $c$", '<div><div class="maths display">a\n\nb</div><p>, then <span class="maths inline">c</span></p></div>'],
+  ["$$\n\\frac{1}\n\nafter", '<div class="maths">\\frac{1}</div><p>after</p>'],
   ["a|b\n-|-:\n1|2", '<div class="table"><table><thead><tr><th>a</th><th class="right">b</th></tr></thead><tbody><tr><td>1</td><td class="right">2</td></tr></tbody></table></div>'],
 ];
 
 test("markdown as it should be", () => {
   for (const [text, wanted] of CASES) assert.equal(html(text), wanted);
+});
+
+test("money and shells are no maths", () => {
+  const plain = ["$5", "$5-$10", "US$5/CA$7", "from $5 to 10$.", "$5k or $6k", "5$ or 6$", "$HOME/$USER", "${a}/${b}", "$a and $b", "\\$x\\$", "`$x$`", "$ x $", "a$b$"];
+  for (const text of plain) assert.ok(!html(text).includes("maths"), text);
+  for (const text of ["$5 + 3$", "$5 \\text{ or } 6$", "$n$th", "($x$)", "当$x$时", "$-1$", "$10$"]) assert.match(html(text), /class="maths inline"/, text);
 });
 
 test("code keeps every character, and an open block runs to the end", () => {

@@ -156,3 +156,35 @@ test("replies that were under way have stopped when the page comes back", () => 
   store.settled(conversation);
   assert.deepEqual(Object.values(conversation.nodes).map(({ state }) => state), [undefined, "done", undefined, "stopped"]);
 });
+
+test("two tabs with one conversation lose nothing of each other", () => {
+  const here = store.newConversation();
+  const [{ node: first }] = store.ask(here, "first");
+  Object.assign(first, { text: "one", state: "done", at: 10 });
+  const there = structuredClone(here);
+  const [{ node: second }] = store.ask(there, "there");
+  store.merge(there, structuredClone(here));
+  assert.equal(Object.keys(there.nodes).length, 4);
+  assert.equal(there.leaf, second.id);
+
+  const shown = structuredClone(here);
+  store.follow(shown, structuredClone(there)); // goes on from what is shown
+  assert.equal(shown.leaf, second.id);
+  const [{ node: other }] = store.ask(here, "here");
+  store.follow(here, structuredClone(there)); // both went on: each keeps what it shows
+  assert.equal(here.leaf, other.id);
+  assert.equal(Object.keys(here.nodes).length, 6);
+});
+
+test("of one reply in two tabs the later state counts", () => {
+  const here = store.newConversation();
+  const [{ node }] = store.ask(here, "first");
+  Object.assign(node, { text: "half", state: "stopped", error: { kind: "failed", message: "x" }, at: 10 });
+  const there = structuredClone(here);
+  Object.assign(there.nodes[node.id], { text: "half and half", state: "done", at: 20 });
+  delete there.nodes[node.id].error;
+  store.merge(there, here);
+  assert.equal(there.nodes[node.id].text, "half and half");
+  store.merge(here, there);
+  assert.deepEqual([node.text, node.state, node.error], ["half and half", "done", undefined]);
+});
