@@ -147,7 +147,7 @@ class Table:
         self._offset = 0  # characters
 
     def read(self, drawn: Sequence[Drawn]) -> dict[str, Any]:
-        """The next rows."""
+        """The next rows. The token itself is among the likeliest, as OpenAI tells it: one more where it is none of them."""
         offsets = []
         for token in drawn:
             offsets.append(self._offset)
@@ -155,7 +155,7 @@ class Table:
         return {
             "tokens": [_name(token.data) for token in drawn],
             "token_logprobs": [at_least(token.logprob) for token in drawn],
-            "top_logprobs": [{_name(top.data): at_least(top.logprob) for top in token.top} for token in drawn],
+            "top_logprobs": [{_name(top.data): at_least(top.logprob) for top in (*token.top, token)} for token in drawn],
             "text_offset": offsets,
         }
 
