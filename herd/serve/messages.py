@@ -298,7 +298,11 @@ async def _lines(replies: Replies, reply: dict[str, Any], prompt_tokens: Callabl
         num_prompt = await prompt_tokens()
         async for _, event in events:
             if not has_begun:
-                empty: dict[str, Any] = {"content": [], "stop_reason": None, "usage": _usage(Usage(prompt_tokens=num_prompt, completion_tokens=0))}
+                empty: dict[str, Any] = {
+                    "content": [],
+                    "stop_reason": None,
+                    "usage": _usage(Usage(prompt_tokens=num_prompt, completion_tokens=0)),
+                }
                 yield line("message_start", message={**reply, **empty})
                 has_begun = True
             begins = isinstance(event, ToolCallStart) or (isinstance(event, Text) and not is_text)
