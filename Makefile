@@ -9,7 +9,7 @@ ARGS   ?=
 NATIVE    := $(wildcard herd/ops/native/*.cpp herd/ops/native/*.h herd/ops/native/*.inl)
 SANITIZED := build/sanitize/kernels.so
 
-.PHONY: serve test check format sanitize soak clean
+.PHONY: serve test check format sanitize soak fuzz clean
 
 serve: $(VENV)/serve.stamp
 	@$(BIN)/herd pull cria >/dev/null
@@ -43,6 +43,9 @@ $(SANITIZED): $(NATIVE)
 # for itself: with an arena and a cache for each thread, resident memory says more of those than of what is in use
 soak: $(VENV)/test.stamp
 	SOAK_S=$(or $(SOAK_S),3600) OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=1 GLIBC_TUNABLES=glibc.malloc.tcache_count=0 $(BIN)/python -m pytest -s tests/engine/test_soak.py $(ARGS)
+
+fuzz: $(VENV)/test.stamp
+	FUZZ_N=$(or $(FUZZ_N),100000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/serve/test_fuzz.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build/sanitize

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from herd.errors import HerdError
+from herd.errors import UsageError
 from herd.ops.pick import mask
 from herd.text.grammar import refused
 from herd.text.tokenizer import Tokenizer
@@ -48,13 +48,13 @@ class Grammar:
             self._is_ready = True
 
     def mask(self, logits: Tensor) -> None:
-        """Set the logits [V] of tokens that may not come next to -inf. Raises `HerdError` when the grammar has failed."""
+        """Set the logits [V] of tokens that may not come next to -inf. Raises `UsageError` when the grammar has failed."""
         self.prepare()
         self._check()
         mask(logits, self._bits)
 
     def read(self, token: int) -> None:
-        """Go on by a token that was drawn. Raises `HerdError` when the grammar has failed."""
+        """Go on by a token that was drawn. Raises `UsageError` when the grammar has failed."""
         self._matcher.consume_token(token)
         self._is_ready = False
         self._check()
@@ -70,8 +70,8 @@ class Grammar:
         if self._matcher.is_error():
             message = self._matcher.get_error().splitlines()[0]
             if "NoExtensionBias" in message:
-                raise HerdError("no token of the vocabulary goes on as the reply's grammar wants", "let the grammar take other characters")
-            raise HerdError(f"the reply's grammar has failed: {message:.300}", "make the schema or grammar simpler")
+                raise UsageError("no token of the vocabulary goes on as the reply's grammar wants", "let the grammar take other characters")
+            raise UsageError(f"the reply's grammar has failed: {message:.300}", "make the schema or grammar simpler")
 
 
 class Grammars:

@@ -92,8 +92,8 @@ class Told:
         completion = sum(end.usage.completion_tokens for end in self.ends)
         cached = [end.usage.cached_tokens for end in self.ends]
         num_cached = min(cached) if num_prompts == 1 else sum(cached) // num_each
-        details = {"prompt_tokens_details": {"cached_tokens": num_cached}} if num_cached else {}
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, **details}
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {**usage, "prompt_tokens_details": {"cached_tokens": num_cached}}
 
     def timings(self, num_prompts: int = 1) -> dict[str, Any]:
         """What it took, by the server's clock, in llama.cpp's words. The prompt's share ends when something of a reply is there."""
@@ -101,7 +101,7 @@ class Told:
         first = min(self._first.values(), default=now)
         usage = self.usage(num_prompts)
         prompt, reply = (first - self._started) * 1e3, (now - first) * 1e3
-        cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
         num_prompt, num_reply = usage["prompt_tokens"] - cached, usage["completion_tokens"]
         return {
             "cache_n": cached,

@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator, Field, model_validator
 
-from herd.chat import MOST_TOP_LOGPROBS, Done, Drawn, Fold, Text, TextBackend, TextRequest
+from herd.chat import MOST_TOP_LOGPROBS, Done, Drawn, Fold, Text, TextBackend, TextRequest, TopToken
 from herd.serve.api import check_model
 from herd.serve.choices import Replies, Told, at_least, folded, side_by_side
 from herd.serve.config import ServeConfig
@@ -147,7 +147,7 @@ class Table:
         self._offset = 0  # characters
 
     def read(self, drawn: Sequence[Drawn]) -> dict[str, Any]:
-        """The next rows."""
+        """The next rows. The token itself is among the likeliest, as OpenAI tells it: one more where it is none of them."""
         offsets = []
         for token in drawn:
             offsets.append(self._offset)
@@ -155,9 +155,14 @@ class Table:
         return {
             "tokens": [_name(token.data) for token in drawn],
             "token_logprobs": [at_least(token.logprob) for token in drawn],
-            "top_logprobs": [{_name(top.data): at_least(top.logprob) for top in token.top} for token in drawn],
+            "top_logprobs": [_likeliest(token) for token in drawn],
             "text_offset": offsets,
         }
+
+
+def _likeliest(token: Drawn) -> dict[str, float]:
+    told: list[TopToken | Drawn] = [*token.top, token]
+    return {_name(each.data): at_least(each.logprob) for each in told}
 
 
 def _name(data: bytes) -> str:

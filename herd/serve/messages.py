@@ -6,7 +6,7 @@ package, but clients still send them.
 
 import json
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -253,7 +253,7 @@ def add_messages(app: FastAPI, backend: Backend, config: ServeConfig, metrics: M
         replies = told.read(side_by_side([backend.chat(asked)]))
         reply = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": body.model, "stop_sequence": None}
         if body.stream:
-            return EventStream(_lines(replies, reply), config.ping_s)
+            return EventStream(_lines(replies, reply, lambda: _prompt_tokens(backend, asked)), config.ping_s)
         [fold] = await while_connected(request.receive, folded(replies, 1))
         return JSONResponse({**reply, **_whole(fold)})
 
@@ -292,8 +292,15 @@ def _usage(usage: Usage) -> dict[str, int]:
     }
 
 
-async def _lines(replies: Replies, reply: dict[str, Any]) -> AsyncGenerator[bytes, None]:
-    """The reply as Anthropic's events: blocks one after the other, each with a start, pieces and an end. Closes `replies`."""
+async def _prompt_tokens(backend: Backend, request: ChatRequest) -> int:
+    return len((await backend.tokenize(request)).tokens) if isinstance(backend, TextBackend) else 0
+
+
+async def _lines(replies: Replies, reply: dict[str, Any], prompt_tokens: Callable[[], Awaitable[int]]) -> AsyncGenerator[bytes, None]:
+    """The reply as Anthropic's events: blocks one after the other, each with a start, pieces and an end. Closes `replies`.
+
+    prompt_tokens: told at the start; how many of them were cached is known at the end.
+    """
 
     def line(kind: str, **fields: Any) -> bytes:
         return f"event: {kind}\n".encode() + data({"type": kind, **fields})
@@ -303,9 +310,14 @@ async def _lines(replies: Replies, reply: dict[str, Any]) -> AsyncGenerator[byte
 
     index, has_begun, is_open, is_text = -1, False, False, False
     async with aclosing(replies) as events:
+        num_prompt = await prompt_tokens()
         async for _, event in events:
             if not has_begun:
-                empty: dict[str, Any] = {"content": [], "stop_reason": None, "usage": _usage(Usage(prompt_tokens=0, completion_tokens=0))}
+                empty: dict[str, Any] = {
+                    "content": [],
+                    "stop_reason": None,
+                    "usage": _usage(Usage(prompt_tokens=num_prompt, completion_tokens=0)),
+                }
                 yield line("message_start", message={**reply, **empty})
                 has_begun = True
             begins = isinstance(event, ToolCallStart) or (isinstance(event, Text) and not is_text)

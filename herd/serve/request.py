@@ -1,9 +1,10 @@
 """From a checked body to a request in herd's own words."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
+
+from pydantic_core import from_json
 
 from herd.chat import ChatRequest, Format, Image, Message, Role, Sampling, Tool, ToolCall, ToolChoice
 from herd.errors import PromptError, UsageError
@@ -126,7 +127,7 @@ def _structured(form: StructuredOutputs) -> Format:
 
 def _schema(schema: dict[str, Any] | str, param: str) -> dict[str, Any]:
     try:
-        found = json.loads(schema) if isinstance(schema, str) else schema
+        found = from_json(schema) if isinstance(schema, str) else schema  # which goes no deeper than bodies may
     except ValueError as error:
         raise UsageError(f"{param} is not JSON: {error}", "give a JSON schema, as an object or as its text", param=param) from error
     if not isinstance(found, dict):

@@ -76,7 +76,7 @@ def refused(message: str, param: str) -> UsageError:
         names = ", ".join(json.loads(keys[1]))
         return UsageError(f"the JSON schema uses {names}, which cannot be enforced", f"leave out {names}", param=param)
     for pattern, keyword in _KEYWORDS.items():
-        if re.search(pattern, first):
+        if re.search(pattern, first) and not re.match(r"at \d+\(\d+\): ", first):  # which is of a grammar, and quotes it
             return UsageError(
                 f"the JSON schema's {keyword} cannot be enforced: {first:.300}", f"change or leave out {keyword}", param=param
             )

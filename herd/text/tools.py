@@ -18,6 +18,8 @@ from typing import Any
 from herd.chat import Image, Message, Tool, ToolCall
 from herd.errors import PromptError
 
+MOST_NESTED = 100  # of a call's arguments in the history, which is as deep as Python can be asked to go with some room
+
 
 @dataclass(frozen=True, slots=True)
 class Special:
@@ -48,12 +50,20 @@ def arguments(call: ToolCall) -> dict[str, Any]:
     """The arguments of a call in the history. Raises `PromptError` when they are no JSON object."""
     try:
         found = json.loads(call.arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         hint = "send back the arguments as they came, or leave out a call that was cut off"
         raise PromptError(f"the arguments of a call to {call.name} are no JSON object: {call.arguments!r:.80}", hint, param="messages")
+    if _is_deeper(found, MOST_NESTED):
+        text = f"the arguments of a call to {call.name} are nested deeper than {MOST_NESTED}: {call.arguments!r:.80}"
+        raise PromptError(text, "leave the call out", param="messages")
     return found
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < 0 or any(_is_deeper(item, depth - 1) for item in items)
 
 
 def literal(value: Any) -> str:

@@ -28,7 +28,8 @@ def test_whole_reply(client):
     [choice] = reply.choices
     assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "stop", None)
     assert (choice.message.role, choice.message.content, choice.message.refusal) == ("assistant", "one two three", None)
-    assert reply.usage.model_dump(exclude_none=True) == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    usage = {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    assert reply.usage.model_dump(exclude_none=True) == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_streamed_reply_is_the_same(client):

@@ -75,6 +75,8 @@ def test_logprobs(tiny: Model, client: openai.OpenAI):
     tables = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
     assert [token for table in tables for token in table.tokens] == told.tokens
     assert [offset for table in tables for offset in table.text_offset] == told.text_offset
+    [alone] = client.completions.create(**{**ASKED, "max_tokens": 1}, prompt="once", logprobs=0).choices
+    assert alone.logprobs.top_logprobs == [dict(zip(alone.logprobs.tokens, alone.logprobs.token_logprobs, strict=True))]
 
 
 def test_parts_of_characters():

@@ -101,6 +101,10 @@ def test_count_tokens(tiny: Model):
     with live(Local([tiny])) as served, client_of(served) as client:
         counted = client.messages.count_tokens(model="tiny", messages=HELLO).input_tokens
         assert counted == client.messages.create(model="tiny", max_tokens=1, messages=HELLO).usage.input_tokens
+        stream = client.messages.create(model="tiny", max_tokens=1, messages=[*HELLO, *HELLO], stream=True)
+        start, *_, last, _ = stream
+        told = last.usage.input_tokens + last.usage.cache_read_input_tokens
+        assert start.message.usage.input_tokens == told > counted and last.usage.cache_read_input_tokens > 0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from herd.serve.config import ServeConfig
 from tests.serve.conftest import Live
 from tests.serve.echo import Script, words
 
+USAGE = {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+
 
 def events(reply) -> list[object]:
     """The payloads of a stream."""
@@ -43,7 +45,7 @@ def test_usage(served: Live):
     *chunks, last, end = events(served.chat("one two", stream=True, stream_options={"include_usage": True, "include_obfuscation": False}))
     assert end == "data: [DONE]"
     assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
-    assert (last["choices"], last["usage"]) == ([], {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4})
+    assert (last["choices"], last["usage"]) == ([], {**USAGE, "prompt_tokens_details": {"cached_tokens": 0}})
 
 
 def test_pings_keep_a_silent_stream_open(serve):

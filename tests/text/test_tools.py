@@ -36,6 +36,7 @@ WEATHER = Tool(
         },
     },
 )
+DEEP = '{"a": ' + "[" * 500 + "]" * 500 + "}"
 
 
 def says(role: str, text: str = "", calls: tuple[ToolCall, ...] = (), answers: str | None = None) -> Message:
@@ -219,6 +220,8 @@ def test_tools_go_before_an_image() -> None:
         ([says("user", "x", answers="a")], {}, PromptError, "a message of the user holds the result"),
         ([says("assistant", "", (ToolCall(id="a", name="f", arguments='{"x'),))], {}, PromptError, "no JSON object"),
         ([says("assistant", "", (ToolCall(id="a", name="f", arguments="[1]"),))], {}, PromptError, "no JSON object"),
+        ([says("assistant", "", (ToolCall(id="a", name="f", arguments="[" * 10_000),))], {}, PromptError, "no JSON object"),
+        ([says("assistant", "", (ToolCall(id="a", name="f", arguments=DEEP),))], {}, PromptError, "nested deeper than 100"),
         ([says("system", "x")], {"tools": [WEATHER], "tool_format": "json"}, PromptError, "no user message"),
         ([says("user", "x")], {"tool_format": "tags"}, UsageError, "no tool format 'tags'"),
     ],
