@@ -68,6 +68,20 @@ SHORT = 100  # characters of the prompts of chats, and of the short ones that co
 EVERY_S = 10.0  # between short prompts
 LEAST_SHARE, MOST_GAPS = 0.7, 5.0  # the promise
 
+BY_CLOCK = """\
+A short prompt of 100 tokens comes in every 10 s.
+llama.cpp has its defaults (continuous batching, batch 2,048, ubatch 512), {slots} slots, a context for each.
+Gaps are those that clients see, over all chats; the gap alone is the longest over the median, before the long prompt.
+
+| | tok/s of a chat alone, before, after | meanwhile | least share kept | median gap, ms | p99 | longest | over the median alone \
+| longest alone | long prompt's first token, s | its tok/s | short prompts' first token, ms | 0.7 kept and gaps <= 5 x |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+BY_PROCESSOR = """\
+The engine alone, its steps timed and paced by the processor's time. Each step gives each chat a token, so a step is a gap.
+
+| | step alone, ms, before | meanwhile | all steps meanwhile | share kept | median, ms | longest | longest alone | prompt, s |
+|---|---|---|---|---|---|---|---|---|"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Side:
@@ -309,8 +323,7 @@ def main() -> None:
         folder = Path(name)
         write_random(MODEL, folder / "mix", heads=range(32, 120), files=tokenizer_files())
         if arguments.cpu_time:
-            columns = "step alone, ms, before | meanwhile | all steps meanwhile | share kept | median, ms | longest | longest alone"
-            print(f"| | {columns} | prompt, s |\n|---|---|---|---|---|---|---|---|---|\n{in_process(folder, arguments)}")
+            tell(arguments, "mix_cpu", BY_PROCESSOR, in_process(folder, arguments))
             return
         herd = [sys.executable, "-m", "herd.cli.main", "serve", str(folder / "mix"), "--max-sequences", str(num_slots)]
         herd += ["--kv", "bf16", "--draft-tokens", "0", "--threads", str(arguments.threads), "--pace", str(arguments.pace)]
@@ -325,30 +338,32 @@ def main() -> None:
             with served(side, port, folder):
                 rows.append(row(side, asyncio.run(watch(port, side, arguments)), arguments.tokens))
                 log.info("%s", rows[-1])
+    tell(arguments, "mix", BY_CLOCK.format(slots=num_slots), *rows)
+
+
+def tell(arguments: argparse.Namespace, kind: str, about: str, *rows: str) -> None:
+    """Print the table, and save it where that is wanted."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    choices = " --cpu-time" if arguments.cpu_time else " --server llama-server" if arguments.server else ""
+    sides = (
+        "one thread" if arguments.cpu_time else f"{arguments.threads} threads a side; server and clients on the same {os.cpu_count()} cores"
+    )
     report = "\n".join(
         [
             f"# {arguments.chats} chats while a prompt of {arguments.tokens:,} tokens comes in",
             "",
-            f"Command: `python bench/mix.py --tokens {arguments.tokens} --pace {arguments.pace}"
-            f"{' --server llama-server' if arguments.server else ''}`, seed 0, commit {commit or '?'}.",
-            f"{cpu()}, {arguments.threads} threads a side; server and clients on the same {os.cpu_count()} cores of a shared machine.",
+            f"Command: `python bench/mix.py --tokens {arguments.tokens} --pace {arguments.pace}{choices}`, seed 0, commit {commit or '?'}.",
+            f"{cpu()}, {sides} of a shared machine.",
             "Random int4 model: 4 layers of Cria's width with 4 experts, one of them global, chunk 8,192, 202,048 logits; keys and",
-            "values in 16 bits, no guesses, no prefix cache of use. A short prompt of 100 tokens comes in every 10 s.",
-            f"llama.cpp has its defaults (continuous batching, batch 2,048, ubatch 512), {num_slots} slots, a context for each.",
-            "Gaps are those that clients see, over all chats; the gap alone is the longest over the median, before the long prompt.",
-            "",
-            "| | tok/s of a chat alone, before, after | meanwhile | least share kept | median gap, ms | p99 | longest "
-            "| over the median alone | longest alone | long prompt's first token, s | its tok/s | short prompts' first token, ms "
-            "| 0.7 kept and gaps <= 5 x |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "values in 16 bits, no guesses, no prefix cache of use.",
+            *about.splitlines(),
             *rows,
             "",
         ]
     )
     print(report)
     if arguments.save:
-        (HERE / "results" / f"mix_{cpu().split()[0].lower()}_{datetime.date.today():%Y%m%d}.md").write_text(report)
+        (HERE / "results" / f"{kind}_{cpu().split()[0].lower()}_{datetime.date.today():%Y%m%d}.md").write_text(report)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def many(arguments: argparse.Namespace) -> list[str]:
     is_clean = not any(left.values()) and health == 200 and not tally["cut"]
     return [
         f"{arguments.streams} readers for {arguments.minutes:g} minutes, greedy replies of 16 to 192 tokens; {arguments.leaving:.0%} "
-        "are left in mid-reply.",
+        "are left in mid-reply. Memory grows until the pages of keys and values (--kv-gib, 2 GiB) are in use, most of them as a cache.",
         "",
         "| whole replies | left by their reader | cut short | gaps p50, ms | p99 | p99.9 | longest | held at the end | memory before, MB "
         "| after |",
