@@ -21,10 +21,10 @@ from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, is_background, meter, read_body, while_connected
 from herd.serve.fetch import fetched
 from herd.serve.metrics import Metrics
-from herd.serve.responses_events import Answer, Event, line, new_id
-from herd.serve.responses_request import chat_request, given_items, head, in_words_of_responses, with_pictures
-from herd.serve.responses_schema import Includable, Item, ResponsesBody
-from herd.serve.responses_store import Responses
+from herd.serve.responses.events import Answer, Event, line, new_id
+from herd.serve.responses.request import chat_request, given_items, head, in_words_of_responses, with_pictures
+from herd.serve.responses.schema import Includable, Item, ResponsesBody
+from herd.serve.responses.store import Responses
 from herd.serve.sse import EventStream
 from herd.serve.store import Store, owner
 from herd.serve.wire import shown_value

@@ -20,11 +20,11 @@ from starlette.requests import ClientDisconnect
 from herd.chat import ChatEvent, Done, Drawn, Image, Message, Text, ToolCall, ToolCallDelta, ToolCallEnd, ToolCallStart, Usage
 from herd.engine.local import Local, Model
 from herd.errors import HerdError, UsageError
+from herd.serve.access.keys import KeyFile
 from herd.serve.choices import side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.keys import KeyFile
-from herd.serve.responses import _lines, _replies
-from herd.serve.responses_events import Answer
+from herd.serve.responses.events import Answer
+from herd.serve.responses.routes import _lines, _replies
 from herd.serve.sse import EventStream
 from tests.serve.conftest import Live, live
 from tests.serve.echo import Echo, Script, words

@@ -26,11 +26,11 @@ from pydantic import Field
 
 from herd.errors import UsageError
 from herd.log import log
+from herd.serve.batches.files import UNFINISHED, Files, Page, list_object, listed, read_page
+from herd.serve.batches.lines import Line, Results, Scan, read_line, scan
 from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, check_origin, read_body
 from herd.serve.errors import RequestError, error_object, shown
-from herd.serve.files import UNFINISHED, Files, Page, list_object, listed, read_page
-from herd.serve.lines import Line, Results, Scan, read_line, scan
 from herd.serve.store import owner
 from herd.serve.wire import Wire, shown_value
 

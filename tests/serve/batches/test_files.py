@@ -11,9 +11,9 @@ import openai
 import pytest
 from openai.types import file_create_params, file_list_params
 
+from herd.serve.access.keys import KeyFile
+from herd.serve.batches.files import FileForm, FilePage
 from herd.serve.config import ServeConfig
-from herd.serve.files import FileForm, FilePage
-from herd.serve.keys import KeyFile
 from tests.serve.conftest import Live, live
 from tests.serve.echo import Echo
 
