@@ -168,6 +168,7 @@ class ChatRequest:
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     background: bool = False  # nobody waits for it: it may take what time and room other requests leave
+    progress: bool = False  # tell how far the prompt has been read
 
     def __post_init__(self) -> None:
         known = [tool.name for tool in self.tools]
@@ -273,6 +274,15 @@ class Drawn:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far the prompt has been read, where that was asked for: after each piece of it but the last, before all else of the reply."""
+
+    prompt_tokens: int
+    read_tokens: int  # those that were taken over included
+    cached_tokens: int  # those
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Done:
     """The end of the reply; always the last event. A failure is raised as a `HerdError` by the iterator instead."""
 
@@ -281,7 +291,7 @@ class Done:
     tokens: tuple[int, ...] = ()  # the reply's ids, its stop token included; empty where a provider does not tell
 
 
-ChatEvent = Text | ToolCallStart | ToolCallDelta | ToolCallEnd | Drawn | Done
+ChatEvent = Text | ToolCallStart | ToolCallDelta | ToolCallEnd | Drawn | Progress | Done
 
 
 class Fold:

@@ -83,13 +83,15 @@ class Engine:
         tool_choice: ToolChoice | None = None,
         *,
         background: bool = False,
+        progress: bool = False,
         mean: Mean | None = None,
     ) -> Sequence:
         """Make a sequence that is sure to fit. Raises `ContextError` or `PromptError` with the numbers, and `UsageError` for a format or
         tools that cannot be enforced. Safe from any thread.
 
         salt: only sequences with the same one share what they have computed.  tools: those whose calls are looked for in the reply.
-        background: compute it after all others.  mean: takes up the prompt's states, and there is no reply.
+        background: compute it after all others.  progress: tell how far the prompt is read.  mean: takes up the prompt's states, and
+        there is no reply.
         """
         length, room = len(prompt.tokens), self.context_tokens
         if not length:
@@ -144,6 +146,7 @@ class Engine:
             arrived=self.watch.clock(),
             reader=reader,
             background=background,
+            tells_progress=progress,
             mean=mean,
         )
 

@@ -284,8 +284,10 @@ class Local:
 
         def made(engine: Engine, emit: Emit) -> Sequence:
             prompt = model.prompt(request)
-            salt, background = _salt(request.cache_salt), request.background
-            return engine.sequence(prompt, request.sampling, emit, salt, tools=tools, tool_choice=choice, background=background)
+            salt, background, progress = _salt(request.cache_salt), request.background, request.progress
+            return engine.sequence(
+                prompt, request.sampling, emit, salt, tools=tools, tool_choice=choice, background=background, progress=progress
+            )
 
         has_images = any(isinstance(part, Image) for message in request.messages for part in message.content)
         async with aclosing(self._replied(model, made, has_images=has_images)) as events:

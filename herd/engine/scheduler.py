@@ -143,11 +143,14 @@ class Scheduler:
     def accept(self, plan: Plan, tokens: list[list[int] | HerdError]) -> list[tuple[Sequence, ChatEvent | HerdError]]:
         """Record that `plan` was computed and that its due pieces drew `tokens`, one or more each or none; say what readers get."""
         tally = self.tally
+        events: list[tuple[Sequence, ChatEvent | HerdError]] = []
         for piece in plan.pieces:
+            sequence = piece.sequence
             tally.computed_tokens += piece.stop - piece.start
             if not piece.num_rows:
-                self._computed(piece.sequence, piece.stop)
-        events: list[tuple[Sequence, ChatEvent | HerdError]] = []
+                self._computed(sequence, piece.stop)
+                if sequence.tells_progress and len(sequence.tokens) == sequence.num_prompt:  # what is computed again tells nothing
+                    events.append((sequence, sequence.progress()))
         for sequence in [piece.sequence for piece in plan.pieces if not piece.sequence.num_waiting]:  # it was all to be computed
             events.append((sequence, sequence.read()))
             tally.prompt_tokens += sequence.num_prompt

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from herd.chat import ChatEvent, Done, Drawn, FinishReason, Text, TopToken, Usage
+from herd.chat import ChatEvent, Done, Drawn, FinishReason, Progress, Text, TopToken, Usage
 from herd.engine.lookup import Lookup
 from herd.engine.mean import Mean
 from herd.engine.payoff import Payoff
@@ -37,6 +37,7 @@ class Sequence:
     lookup: Lookup  # guesses at what the reply goes on with
     emit: Emit  # receives events; an error is the last one
     reader: CallReader | None = None  # finds calls of tools in the text; None where there are no tools
+    tells_progress: bool = False  # how far its prompt is read
     background: bool = False  # computed after all others, in the time and room that they leave
     mean: Mean | None = None  # where a vector of the prompt is wanted, and no reply
     flush: Callable[[], None] | None = None  # called when a step has emitted all its events, once for all sequences that have the same
@@ -89,6 +90,10 @@ class Sequence:
             return guesses, len(guesses)
         drafts = grammar.drafts(guesses, most) if most > 0 else []
         return drafts, len(drafts) if drafts == guesses[: len(drafts)] else 0
+
+    def progress(self) -> Progress:
+        """How far the prompt is read."""
+        return Progress(prompt_tokens=self.num_prompt, read_tokens=min(self.num_computed, self.num_prompt), cached_tokens=self.num_cached)
 
     def accept(self, tokens: list[int]) -> list[ChatEvent]:
         """Append the tokens that were drawn until one ends the reply, and say what the reader gets to see of them."""

@@ -18,7 +18,7 @@ from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, is_background, meter, read_body, while_connected
 from herd.serve.fetch import fetched
 from herd.serve.metrics import Metrics
-from herd.serve.replies import chunks, completion
+from herd.serve.replies import FINGERPRINT, chunks, completion
 from herd.serve.request import chat_request, nth
 from herd.serve.schema import ChatBody
 from herd.serve.sse import EventStream
@@ -53,7 +53,7 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metri
         # the first reads the prompt, and the others take over what it has computed
         streams = [backend.chat(replace(asked, sampling=nth(asked.sampling, place))) for place in range(count)]
         replies = told.read(side_by_side(streams))
-        reply = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+        reply = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model, "system_fingerprint": FINGERPRINT}
         with_timings = bool(body.timings)
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)

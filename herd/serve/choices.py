@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from herd.chat import ChatEvent, Done, Drawn, Fold
+from herd.chat import ChatEvent, Done, Drawn, Fold, Progress
 from herd.serve.access.limits import Meter
 from herd.serve.metrics import Metrics
 
@@ -69,6 +69,9 @@ class Told:
         try:
             async with aclosing(replies) as events:
                 async for place, event in events:
+                    if isinstance(event, Progress):  # nothing of the reply yet
+                        yield place, event
+                        continue
                     first = self._first.get(place) or self._first.setdefault(place, self._clock())
                     under_way[place] += 1
                     if isinstance(event, Done):
@@ -84,6 +87,11 @@ class Told:
         self._metrics.ended(self._model, end.usage, first - self._started, self._clock() - first)
         if self._meter:
             self._meter.used(end.usage.prompt_tokens - end.usage.cached_tokens + end.usage.completion_tokens)
+
+    def progress(self, event: Progress) -> dict[str, Any]:
+        """How far a prompt is read, in llama.cpp's words."""
+        took = round((self._clock() - self._started) * 1e3, 3)
+        return {"total": event.prompt_tokens, "cache": event.cached_tokens, "processed": event.read_tokens, "time_ms": took}
 
     def usage(self, num_prompts: int = 1) -> dict[str, Any]:
         """OpenAI's usage object. Replies to one prompt share it, so it counts once; cached is what was so for all of them."""

@@ -20,6 +20,7 @@ from herd.serve.choices import Replies, Told, at_least, folded, side_by_side
 from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, is_background, meter, read_body, while_connected
 from herd.serve.metrics import Metrics
+from herd.serve.replies import FINGERPRINT
 from herd.serve.request import cache_salt, nth, sampling
 from herd.serve.schema import Sampled
 from herd.serve.sse import DONE, EventStream, data
@@ -88,6 +89,7 @@ def add_completions(app: FastAPI, backend: TextBackend, config: ServeConfig, met
         told = Told(body.model, metrics, meter(request))
         replies = told.read(side_by_side([backend.complete(one) for one in asked]))
         reply = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": body.model}
+        reply["system_fingerprint"] = FINGERPRINT
         if body.stream:
             return EventStream(_chunks(replies, reply, told, body, said), config.ping_s)
         folds = await while_connected(request.receive, folded(replies, len(asked)))

@@ -4,9 +4,12 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from herd.chat import ChatEvent, Done, Drawn, Fold, Text, ToolCallDelta, ToolCallStart
+from herd import __version__
+from herd.chat import ChatEvent, Done, Drawn, Fold, Progress, Text, ToolCallDelta, ToolCallStart
 from herd.serve.choices import Replies, Told, logprobs_object
 from herd.serve.sse import DONE, data
+
+FINGERPRINT = f"herd-{__version__}"  # with which a seed gives the same reply again
 
 
 def completion(reply: dict[str, Any], folds: Sequence[Fold], told: Told, *, with_timings: bool) -> dict[str, Any]:
@@ -52,6 +55,8 @@ async def chunks(
                 yield chunk(index, {"role": "assistant", "content": None if isinstance(event, ToolCallStart) else ""})
             if isinstance(event, Drawn):
                 drawn[index].append(event)
+            elif isinstance(event, Progress):
+                yield chunk(index, {}, prompt_progress=told.progress(event))
             elif isinstance(event, Done):
                 is_last = len(told.ends) == count and not with_usage
                 yield chunk(index, {}, event.reason, **({"timings": told.timings()} if with_timings and is_last else {}))

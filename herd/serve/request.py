@@ -31,6 +31,7 @@ def chat_request(body: ChatBody, caller: tuple[str, ...] = (), images: Images = 
         ),
         cache_salt=cache_salt(body, caller),
         tools=tools(body.tools),
+        progress=bool(body.return_progress),
         tool_choice=_tool_choice(body.tool_choice, parallel=body.parallel_tool_calls is not False),
     )
 
@@ -95,15 +96,15 @@ def _format(body: Drawing) -> Format | None:
         return _response_format(body.response_format)
     if body.structured_outputs is not None:
         return _structured(body.structured_outputs)
-    if body.guided_json is not None:
-        return Format(kind="json_schema", value=_schema(body.guided_json, "guided_json"))
+    for name, schema in (("guided_json", body.guided_json), ("json_schema", body.json_schema)):
+        if schema is not None:
+            return Format(kind="json_schema", value=_schema(schema, name))
     if body.guided_regex is not None:
         return Format(kind="regex", value=body.guided_regex)
     if body.guided_choice is not None:
         return Format(kind="choice", value=tuple(body.guided_choice))
-    if body.guided_grammar is not None:
-        return Format(kind="gbnf", value=body.guided_grammar)
-    return None
+    grammar = body.grammar if body.guided_grammar is None else body.guided_grammar
+    return None if grammar is None else Format(kind="gbnf", value=grammar)
 
 
 def _response_format(form: ResponseFormat) -> Format:

@@ -230,9 +230,19 @@ class Drawing(Wire):
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
     guided_grammar: str | None = None
+    json_schema: dict[str, Any] | str | None = None  # these two are llama.cpp's
+    grammar: str | None = None
     timings: bool | None = None  # tell what the prompt and the replies took, as llama.cpp does
 
-    formats: ClassVar[tuple[str, ...]] = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    formats: ClassVar[tuple[str, ...]] = (
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "json_schema",
+        "grammar",
+    )
 
     @model_validator(mode="after")
     def _has_one_format(self) -> Self:
@@ -273,6 +283,7 @@ class ChatBody(Sampled):
     tools: list[FunctionTool] | None = None
     tool_choice: Annotated[Choice | None, BeforeValidator(_choice)] = None
     parallel_tool_calls: bool | None = None
+    return_progress: bool | None = None  # tell in the stream how far the prompt is read, as llama.cpp does
 
     formats = ("response_format", *Sampled.formats)
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -297,6 +308,8 @@ class ChatBody(Sampled):
         old, new = self.max_tokens, self.max_completion_tokens
         if old and new and old != new:
             raise problem(f"is {old} and max_completion_tokens is {new}, but they mean the same", "give one of them", field="max_tokens")
+        if self.return_progress and not self.stream:
+            raise problem("is true, but stream is not", "set stream, or leave return_progress out", field="return_progress")
         if self.top_logprobs and not self.logprobs:
             raise problem("is given, but logprobs is not true", "set logprobs, or leave top_logprobs out", field="top_logprobs")
         return self

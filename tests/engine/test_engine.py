@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from herd.chat import ChatEvent, Done, Sampling, Text
+from herd.chat import ChatEvent, Done, Progress, Sampling, Text
 from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
 from herd.engine.local import Model
@@ -119,6 +119,23 @@ def test_the_last_event_is_done_and_usage_adds_up(tiny: Model) -> None:
     done = events[-1]
     assert isinstance(done, Done) and all(isinstance(event, Text) for event in events[:-1])
     assert (done.reason, done.usage.prompt_tokens, done.usage.completion_tokens, len(done.tokens)) == ("length", 3, 5, 5)
+
+
+def test_progress_is_told_of_every_piece_but_the_last(tiny: Model) -> None:
+    engine = make_engine(tiny, step_tokens=10, max_sequences=4)
+    prompt = random_prompt(random.Random(3), 45)
+    for cached in (0, 40):  # the second finds the first's full pages; what is left of them is one piece
+        told: list[ChatEvent | HerdError] = []
+        engine.scheduler.add(engine.sequence(prompt, GREEDY, told.append, progress=True))
+        events = []
+        while not engine.scheduler.is_idle:
+            events += [event for _, event in engine.step()]
+        read = [event.read_tokens for event in events if isinstance(event, Progress)]
+        assert all(isinstance(event, Progress) for event in events[: len(read)]), "the reply comes after its prompt"
+        assert all((e.prompt_tokens, e.cached_tokens) == (45, cached) for e in events if isinstance(e, Progress))
+        assert read == sorted(set(read)) and all(cached < count < 45 for count in read)
+        assert len(read) >= 4 if not cached else not read
+    assert not any(isinstance(event, Progress) for event in collect(engine, random_prompt(random.Random(4), 45), GREEDY))
 
 
 def test_a_seeded_reply_does_not_depend_on_its_neighbours(tiny: Model) -> None:

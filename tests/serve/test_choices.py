@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from herd.chat import Done, Drawn, Sampling, Text, TopToken, Usage
+from herd.chat import Done, Drawn, Progress, Sampling, Text, TopToken, Usage
 from herd.engine.local import Local, Model
 from herd.errors import HerdError
 from herd.serve.choices import side_by_side
@@ -124,6 +124,20 @@ def test_stop_is_cut(client: openai.OpenAI):
     asked = {"model": "tiny", "messages": HELLO, "max_tokens": 6, "temperature": 0, "logit_bias": {str(ord("z")): 100}}
     choice = client.chat.completions.create(**asked, stop=["zzz"]).choices[0]
     assert (choice.message.content, choice.finish_reason) == ("", "stop")
+
+
+def test_progress_of_a_prompt(serve, client: openai.OpenAI):
+    """From an engine whose steps are shorter than the prompt: every piece but the last is told, with what was taken over."""
+    events = [Progress(prompt_tokens=100, read_tokens=40, cached_tokens=16), 0.05, *words("a", "b")]
+    served = serve(Script(events))
+    lines = [json.loads(line[6:]) for line in served.chat(stream=True, return_progress=True, timings=True).text.split("\n\n")[:-2]]
+    [told] = [line["prompt_progress"] for line in lines if "prompt_progress" in line]
+    assert (told["total"], told["cache"], told["processed"]) == (100, 16, 40) and told["time_ms"] >= 0
+    assert [line["choices"][0]["delta"] for line in lines[:3]] == [{"role": "assistant", "content": ""}, {}, {"content": "a"}]
+    assert lines[-1]["timings"]["prompt_ms"] >= 50, "a prompt that is being read is no reply yet"
+    assert served.chat(return_progress=True).json()["error"]["param"] == "return_progress"
+    with client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1, stream=True) as stream:
+        assert not any("prompt_progress" in (chunk.model_extra or {}) for chunk in stream)
 
 
 @pytest.mark.parametrize("stream_options", [None, {"include_usage": True}])

@@ -47,6 +47,8 @@ SAMPLED = {
     "guided_json": ('{"type": "object"}', {"format": Format(kind="json_schema", value={"type": "object"})}),
     "guided_regex": ("a+", {"format": Format(kind="regex", value="a+")}),
     "guided_choice": (["a", "b"], {"format": Format(kind="choice", value=("a", "b"))}),
+    "json_schema": ({"type": "object"}, {"format": Format(kind="json_schema", value={"type": "object"})}),
+    "grammar": ('root ::= "a"', {"format": Format(kind="gbnf", value='root ::= "a"')}),
     "guided_grammar": ('root ::= "a"', {"format": Format(kind="gbnf", value='root ::= "a"')}),
 }
 OTHERWISE_HONOURED = {
@@ -57,12 +59,13 @@ OTHERWISE_HONOURED = {
     "prompt_cache_key",
     "n",
     "timings",
+    "return_progress",
     "tools",
     "tool_choice",
     "parallel_tool_calls",
     "top_logprobs",
 }  # tests below, in test_api.py, test_sse.py, test_choices.py, test_tools.py, test_river.py
-EXTENSIONS = {"top_k", "min_p", "repetition_penalty", "ignore_eos", "timings", *schema.Sampled.formats}
+EXTENSIONS = {"top_k", "min_p", "repetition_penalty", "ignore_eos", "timings", "return_progress", *schema.Sampled.formats}
 
 REFUSED = {
     "audio": {"voice": "alloy", "format": "wav"},

@@ -34,7 +34,7 @@ Serve = Callable[..., Live]
 
 
 def config_of(folder: Path, **more: Any) -> ServeConfig:
-    return ServeConfig(port=0, data_folder=folder, shutdown_s=1, **more)
+    return ServeConfig(port=0, data_folder=folder, drain_s=1, **more)
 
 
 def client_of(running: Live, key: str = "none") -> openai.OpenAI:
@@ -309,7 +309,7 @@ from pathlib import Path
 from tests.serve.echo import Echo
 from herd.serve.app import bind, make_app, run
 from herd.serve.config import ServeConfig
-config = ServeConfig(port=0, shutdown_s=1, data_folder=Path(sys.argv[1]))
+config = ServeConfig(port=0, drain_s=1, data_folder=Path(sys.argv[1]))
 run(make_app(Echo(word_s=0.01), config), bind(config), config, ready=lambda url: print(url, flush=True))
 """
 
