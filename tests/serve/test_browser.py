@@ -1,5 +1,6 @@
 """The chat page as people use it, in Chromium: `pytest -m browser`. Skipped where Chromium or Playwright is missing."""
 
+import asyncio
 import base64
 import io
 import json
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image as Picture
 
-from herd.chat import ChatEvent, ChatRequest
+from herd.chat import ChatEvent, ChatRequest, Progress
 from herd.errors import ContextError, HerdError
 from tests.serve.conftest import Live, live
 from tests.serve.echo import Echo
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 
 
 class Moody(Echo):
-    """An echo that fails as it is told, once for each error in `errors`, before the first word."""
+    """An echo that fails as it is told, once for each error in `errors`, before the first word, and reads slowly what is called long."""
 
     def __init__(self, *names: str, word_s: float = 0.0) -> None:
         super().__init__(*names, word_s=word_s)
@@ -30,6 +31,9 @@ class Moody(Echo):
     async def chat(self, request: ChatRequest) -> AsyncIterator[ChatEvent]:
         if self.errors:
             raise self.errors.pop(0)
+        if request.progress and request.messages[-1].text.startswith("long"):
+            yield Progress(prompt_tokens=300, read_tokens=102, cached_tokens=0)
+            await asyncio.sleep(1)
         async for event in super().chat(request):
             yield event
 
@@ -114,6 +118,12 @@ def test_stop(page: Any, backend: Moody) -> None:
     assert 0 < len(text.split()) < 5000 and "stopped" in page.locator(".facts").inner_text()
     page.reload()
     assert replies(page, state="stopped") == [text]
+
+
+def test_a_long_prompt_tells_how_far_it_is(page: Any) -> None:
+    say(page, "long ago")
+    page.get_by_text("Reading the prompt: 34 %").wait_for()
+    assert replies(page) == ["long ago"] and page.get_by_text("Reading the prompt").count() == 0
 
 
 def test_stop_before_the_first_word(page: Any) -> None:

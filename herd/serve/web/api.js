@@ -54,7 +54,7 @@ export async function listModels(key) {
   return data.map((model) => ({ id: model.id, context: model.context_length ?? model.max_model_len ?? model.context_window ?? null }));
 }
 
-/** A reply as it comes: `{text}`, `{finish}` and `{usage}`. Throws `ApiError`, or an AbortError once `signal` says stop. */
+/** A reply as it comes: `{progress}`, the share of the prompt that has been read, `{text}`, `{finish}` and `{usage}`. Throws `ApiError`, or an AbortError once `signal` says stop. */
 export async function* streamChat(body, key, signal) {
   const options = { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" }, signal };
   const reply = await request("v1/chat/completions", key, options);
@@ -66,6 +66,7 @@ export async function* streamChat(body, key, signal) {
       const choice = chunk.choices?.[0];
       if (choice?.delta?.content) yield { text: choice.delta.content };
       if (choice?.finish_reason) yield { finish: choice.finish_reason };
+      if (chunk.prompt_progress) yield { progress: chunk.prompt_progress.processed / chunk.prompt_progress.total };
       if (chunk.usage) yield { usage: chunk.usage };
     }
   } catch (error) {

@@ -55,6 +55,7 @@ export class Chat {
     Object.assign(reply, { text: "", state: "waiting", finish: "", firstMs: null, rate: null });
     delete reply.error;
     delete reply.usage;
+    delete reply.progress;
     this.changed(conversation, reply);
     try {
       await this.#read(conversation, reply, streamChat(body, this.key(), signal));
@@ -77,7 +78,11 @@ export class Chat {
     let first = null;
     let last = null;
     let saved = started;
-    for await (const { text, finish, usage } of events) {
+    for await (const { progress, text, finish, usage } of events) {
+      if (progress) {
+        reply.progress = progress;
+        this.changed(conversation, reply);
+      }
       if (finish) reply.finish = finish;
       if (usage) reply.usage = { prompt_tokens: usage.prompt_tokens, completion_tokens: usage.completion_tokens };
       if (!text) continue;
@@ -96,6 +101,7 @@ export class Chat {
         this.save(conversation);
       }
     }
+    delete reply.progress;
     const tokens = reply.usage?.completion_tokens ?? 0;
     if (first !== null) reply.firstMs = first - started;
     if (tokens > 1 && last - first > 50) reply.rate = ((tokens - 1) * 1000) / (last - first); // tokens per second after the first

@@ -124,7 +124,7 @@ export function requestBody(conversation, reply, settings) {
   const said = path(conversation, reply.parent).filter((node) => node.text || node.images.length);
   const messages = said.map(({ role, text, images }) => ({ role, content: images.length ? parts(text, images) : text }));
   if (settings.system.trim()) messages.unshift({ role: "system", content: settings.system });
-  const body = { model: settings.model, messages, stream: true, stream_options: { include_usage: true } };
+  const body = { model: settings.model, messages, stream: true, stream_options: { include_usage: true }, return_progress: true };
   for (const name of NUMBERS) {
     if (settings[name] !== null) body[name === "max_tokens" ? "max_completion_tokens" : name] = settings[name];
   }

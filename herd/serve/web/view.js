@@ -129,7 +129,7 @@ function reply(conversation, node, { isColumn, lane }) {
   const isUnderWay = ["waiting", "streaming", "busy"].includes(node.state);
   const attributes = { className: "reply", "data-id": node.id, "data-state": node.state, "aria-label": `Reply of ${node.model}`, "aria-busy": String(isUnderWay) };
   const label = isColumn ? el("header", {}, el("span", { className: `lane lane${lane}` }, "AB"[lane]), node.model) : null;
-  const waits = node.state === "waiting" ? el("p", { className: "waiting", "aria-label": "Waiting for the reply" }, el("i"), el("i"), el("i")) : null;
+  const waits = node.state === "waiting" ? waiting(node) : null;
   const bar = el(
     "div",
     { className: "bar" },
@@ -140,6 +140,12 @@ function reply(conversation, node, { isColumn, lane }) {
     el("span", { className: "facts" }, facts(node)),
   );
   return el("article", attributes, label, body(node), waits, notice(node), isUnderWay || (node.error && !node.text) ? null : bar);
+}
+
+function waiting(node) {
+  const dots = el("p", { className: "waiting", "aria-label": "Waiting for the reply" }, el("i"), el("i"), el("i"));
+  if (node.progress) dots.append(el("span", {}, `Reading the prompt: ${Math.round(node.progress * 100)} %`));
+  return dots;
 }
 
 function body(node) {

@@ -92,7 +92,7 @@ test("what is sent", () => {
   assert.deepEqual(body.messages.map(({ role }) => role), ["system", "user", "assistant", "user"]);
   assert.deepEqual(body.messages[3].content, [{ type: "image_url", image_url: { url: PICTURE } }, { type: "text", text: "look" }]);
   const { messages, ...rest } = body;
-  assert.deepEqual(rest, { model: "m", stream: true, stream_options: { include_usage: true }, temperature: 0, max_completion_tokens: 5, stop: ["x"] });
+  assert.deepEqual(rest, { model: "m", stream: true, stream_options: { include_usage: true }, return_progress: true, temperature: 0, max_completion_tokens: 5, stop: ["x"] });
 });
 
 test("search finds all words, newest first", () => {
