@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from herd.checkpoint.store import home
 from herd.errors import UsageError
-from herd.serve.keys import Key, KeyFile
+from herd.serve.access.keys import Key, KeyFile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

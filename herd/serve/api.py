@@ -4,7 +4,6 @@ There is one way through: the backend's streams. A reply that is not streamed is
 """
 
 import time
-import uuid
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from herd.serve.replies import FINGERPRINT, chunks, completion
 from herd.serve.request import chat_request, nth
 from herd.serve.schema import ChatBody
 from herd.serve.sse import EventStream
+from herd.serve.wire import new_id
 
 
 def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metrics: Metrics) -> None:
@@ -53,7 +53,7 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metri
         # the first reads the prompt, and the others take over what it has computed
         streams = [backend.chat(replace(asked, sampling=nth(asked.sampling, place))) for place in range(count)]
         replies = told.read(side_by_side(streams))
-        reply = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model, "system_fingerprint": FINGERPRINT}
+        reply = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": body.model, "system_fingerprint": FINGERPRINT}
         with_timings = bool(body.timings)
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)

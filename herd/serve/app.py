@@ -27,24 +27,24 @@ from starlette.middleware.cors import CORSMiddleware
 
 from herd.chat import Backend, EmbeddingBackend, TextBackend
 from herd.errors import HerdError, ResourceError, nearest
+from herd.serve.access.keys import Guard, KeyFile, KeyRefused
+from herd.serve.access.limits import Limits
+from herd.serve.access.room import Room
 from herd.serve.api import add_openai_routes
-from herd.serve.batches import Batches, add_batches
+from herd.serve.batches.files import BATCHES_TABLE, FILES_TABLE, Files, add_files
+from herd.serve.batches.jobs import Batches, add_batches
 from herd.serve.completions import add_completions
 from herd.serve.config import ServeConfig
 from herd.serve.connection import Door
 from herd.serve.embeddings import add_embeddings
 from herd.serve.errors import RequestError, error_reply, shown
 from herd.serve.fetch import Fetcher
-from herd.serve.files import BATCHES_TABLE, FILES_TABLE, Files, add_files
-from herd.serve.keys import Guard, KeyFile, KeyRefused
-from herd.serve.limits import Limits
 from herd.serve.messages import add_messages
 from herd.serve.metrics import Metrics
 from herd.serve.page import add_page
 from herd.serve.protocol import Protocol
-from herd.serve.responses import add_responses
-from herd.serve.responses_store import TABLES as RESPONSES
-from herd.serve.room import Room
+from herd.serve.responses.routes import add_responses
+from herd.serve.responses.store import TABLES as RESPONSES
 from herd.serve.store import Store
 from herd.serve.tokens import add_tokens
 

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from herd.chat import ChatEvent, Done, Drawn, Fold, Progress
-from herd.serve.limits import Meter
+from herd.serve.access.limits import Meter
 from herd.serve.metrics import Metrics
 
 Replies = AsyncGenerator[tuple[int, ChatEvent], None]  # events of several replies, each with the place of its own

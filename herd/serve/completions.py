@@ -5,7 +5,6 @@ Source: `openai.types.completion_create_params` of openai 3.54.
 
 import codecs
 import time
-import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Self
@@ -24,7 +23,7 @@ from herd.serve.replies import FINGERPRINT
 from herd.serve.request import cache_salt, nth, sampling
 from herd.serve.schema import Sampled
 from herd.serve.sse import DONE, EventStream, data
-from herd.serve.wire import problem, shown_value
+from herd.serve.wire import new_id, problem, shown_value
 
 MOST_REPLIES = 2048  # of one request: prompts times n
 DEFAULT_TOKENS = 16  # OpenAI's default of max_tokens here
@@ -88,7 +87,7 @@ def add_completions(app: FastAPI, backend: TextBackend, config: ServeConfig, met
         said = [await _text(backend, one) if body.echo else "" for one in asked]
         told = Told(body.model, metrics, meter(request))
         replies = told.read(side_by_side([backend.complete(one) for one in asked]))
-        reply = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": body.model}
+        reply = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": body.model}
         reply["system_fingerprint"] = FINGERPRINT
         if body.stream:
             return EventStream(_chunks(replies, reply, told, body, said), config.ping_s)

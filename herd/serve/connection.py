@@ -19,10 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from herd.errors import ResourceError
 from herd.log import log
+from herd.serve.access.limits import Meter
+from herd.serve.access.room import Room
 from herd.serve.errors import RequestError, error_reply, shown
-from herd.serve.limits import Meter
 from herd.serve.metrics import Metrics
-from herd.serve.room import Room
 from herd.serve.wire import usage_error
 
 T = TypeVar("T")

@@ -5,7 +5,6 @@ package, but clients still send them.
 """
 
 import json
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -39,7 +38,7 @@ from herd.serve.fetch import fetched
 from herd.serve.metrics import Metrics
 from herd.serve.request import NONE, Images, read_data_uri
 from herd.serve.sse import EventStream, data
-from herd.serve.wire import Wire, problem, shown_value
+from herd.serve.wire import Wire, holds, new_id, problem, shown_value
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -54,11 +53,7 @@ class Source(Wire):
 
     @model_validator(mode="after")
     def _holds_its_type(self) -> Self:
-        own = ("url",) if self.type == "url" else ("media_type", "data")
-        for field in ("media_type", "data", "url"):
-            if (getattr(self, field) is None) is (field in own):
-                text = "is missing" if field in own else f"stands in a source of type {self.type!r}"
-                raise problem(text, f"a source of type {self.type!r} holds {' and '.join(own)}", field=field)
+        holds(self, f"source of type {self.type!r}", ("url",) if self.type == "url" else ("media_type", "data"))
         return self
 
 
@@ -83,7 +78,7 @@ class Block(Wire):
     content: Annotated[list["Block"] | None, BeforeValidator(_blocks)] = None
     is_error: bool | None = None
 
-    holds: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "text": ("text",),
         "image": ("source",),
         "tool_use": ("id", "name", "input"),
@@ -94,14 +89,8 @@ class Block(Wire):
 
     @model_validator(mode="after")
     def _holds_its_type(self) -> Self:
-        own = self.holds[self.type]
-        allowed = (*own, "content", "is_error") if self.type == "tool_result" else own
-        for field in type(self).model_fields:
-            if field != "type" and getattr(self, field) is None and field in own:
-                raise problem("is missing", f"a block of type {self.type!r} holds {', '.join(own)}", field=field)
-            if field != "type" and getattr(self, field) is not None and field not in allowed:
-                text = f"stands in a block of type {self.type!r}"
-                raise problem(text, f"a block of type {self.type!r} holds {', '.join(own)}", field=field)
+        own = ("content", "is_error") if self.type == "tool_result" else ()
+        holds(self, f"block of type {self.type!r}", self.needs[self.type], own)
         if any(block.type != "text" for block in self.content or ()):
             raise problem("holds more than text", "what a tool gives is text", field="content")
         return self
@@ -251,7 +240,7 @@ def add_messages(app: FastAPI, backend: Backend, config: ServeConfig, metrics: M
         told = Told(body.model, metrics, meter(request))
         asked = body.request(body.sampling(), caller(request), await fetched(request, body))
         replies = told.read(side_by_side([backend.chat(asked)]))
-        reply = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": body.model, "stop_sequence": None}
+        reply = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": body.model, "stop_sequence": None}
         if body.stream:
             return EventStream(_lines(replies, reply, lambda: _prompt_tokens(backend, asked)), config.ping_s)
         [fold] = await while_connected(request.receive, folded(replies, 1))
@@ -303,7 +292,7 @@ async def _lines(replies: Replies, reply: dict[str, Any], prompt_tokens: Callabl
     """
 
     def line(kind: str, **fields: Any) -> bytes:
-        return f"event: {kind}\n".encode() + data({"type": kind, **fields})
+        return data({"type": kind, **fields}, event=kind)
 
     def piece(kind: str, field: str, text: str) -> bytes:
         return line("content_block_delta", index=index, delta={"type": kind, field: text})

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from herd.chat import MOST_TOP_LOGPROBS
-from herd.serve.wire import Wire, problem, shown_value
+from herd.serve.wire import Wire, holds, problem, shown_value
 
 MOST_CHOICES = 128  # replies to one prompt, OpenAI's limit
 
@@ -33,10 +33,7 @@ class Part(Wire):
 
     @model_validator(mode="after")
     def _holds_its_type(self) -> Self:
-        for field in ("text", "image_url"):
-            if (getattr(self, field) is None) is (self.type == field):
-                text = "is missing" if self.type == field else f"stands in a part of type {self.type!r}"
-                raise problem(text, f"a part of type {self.type!r} holds {self.type} alone", field=field)
+        holds(self, f"part of type {self.type!r}", (self.type,))
         return self
 
 

@@ -23,9 +23,10 @@ PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-def data(item: dict[str, Any]) -> bytes:
-    """One event."""
-    return f"data: {json.dumps(item, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+def data(item: dict[str, Any], event: str = "") -> bytes:
+    """One event, with a name where an API gives its events names."""
+    name = f"event: {event}\n" if event else ""
+    return f"{name}data: {json.dumps(item, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
 class EventStream(StreamingResponse):
@@ -87,5 +88,4 @@ class EventStream(StreamingResponse):
 
 def _failure(error: HerdError, path: str) -> bytes:
     failure = error_object(error, path)
-    name = b"event: error\n" if "type" in failure else b""  # Anthropic's events have names
-    return name + data(failure)
+    return data(failure, event=failure.get("type", ""))  # Anthropic's have one

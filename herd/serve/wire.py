@@ -9,7 +9,8 @@ Each documented field of a request is in exactly one of three groups, and an unk
 """
 
 import json
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -55,6 +56,16 @@ class Wire(BaseModel):
         return {name: value for name, value in data.items() if name in honoured}
 
 
+def holds(wire: Wire, kind: str, needed: Sequence[str], own: Sequence[str] = ()) -> None:
+    """Whether an object has all that its type needs, and nothing of other types. own: what it may have beside that."""
+    for field in type(wire).model_fields:
+        is_given = getattr(wire, field) is not None
+        if field in needed and not is_given:
+            raise problem("is missing", f"a {kind} holds {', '.join(needed)}", field=field)
+        if is_given and field not in ("type", *own, *needed):
+            raise problem(f"stands in a {kind}", f"a {kind} holds {', '.join(needed)}", field=field)
+
+
 def usage_error(error: ValidationError) -> UsageError:
     """The first thing that pydantic found wrong, as an error that names the field, the value and the limit."""
     first = error.errors(include_url=False)[0]
@@ -74,6 +85,11 @@ def usage_error(error: ValidationError) -> UsageError:
             return UsageError(f"{name} is {shown_value(first['input'])}; it must be a JSON object", param=param or None)
     limit = first["msg"].replace("Input should", "it should").replace("List should", "the list should")
     return UsageError(f"{name} is {shown_value(first['input'])}; {limit}", param=param)
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody can guess."""
+    return prefix + secrets.token_hex(24)
 
 
 def shown_value(value: Any) -> str:

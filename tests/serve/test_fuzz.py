@@ -156,7 +156,7 @@ def test_engine():
     bodies = Bodies(forms(make_app(Local([model]), ServeConfig(port=0))), "tiny")
     greedy = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 12}
     statuses: Counter[int] = Counter()
-    with live(Local([model]), ServeConfig(port=0, shutdown_s=1)) as served:
+    with live(Local([model]), ServeConfig(port=0, drain_s=1)) as served:
 
         def reply() -> str:
             return served.http.post("/v1/chat/completions", json=greedy).json()["choices"][0]["message"]["content"]

@@ -77,7 +77,7 @@ def test_many_that_do_nothing(served: Live, sent: bytes):
 def test_readers_that_stop_hold_no_page_and_nobody_up():
     """A reply that nobody reads is computed to its end: its pages are free for others, and what waits is bounded by the reply's length."""
     model = load("tiny", device="cpu", context_tokens=512, max_sequences=4)
-    with live(Local([model]), ServeConfig(port=0, shutdown_s=1)) as served, Links(served) as links:
+    with live(Local([model]), ServeConfig(port=0, drain_s=1)) as served, Links(served) as links:
         [listener] = served.server.servers[0].sockets
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # which connections inherit: the kernel takes little on either side
         for _ in range(5):

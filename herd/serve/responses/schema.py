@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from herd.chat import MOST_TOP_LOGPROBS
 from herd.serve.schema import Drawing
-from herd.serve.wire import Wire, problem, shown_value
+from herd.serve.wire import Wire, holds, problem, shown_value
 
 LOGPROBS = "message.output_text.logprobs"
 Includable = Literal[
@@ -41,16 +41,6 @@ def _typed(known: Sequence[str], hint: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _holds(wire: Wire, kind: str, own: Sequence[str], needed: Sequence[str]) -> None:
-    """Whether an object has what its type needs, and nothing of other types."""
-    for field in type(wire).model_fields:
-        is_given = getattr(wire, field) is not None
-        if field in needed and not is_given:
-            raise problem("is missing", f"a {kind} holds {', '.join(needed)}", field=field)
-        if is_given and field not in ("type", *own, *needed):
-            raise problem(f"stands in a {kind}", f"a {kind} holds {', '.join(needed)}", field=field)
-
-
 class Piece(Wire):
     """A piece of a message, or of what a function gave."""
 
@@ -66,7 +56,7 @@ class Piece(Wire):
     @model_validator(mode="after")
     def _holds_its_type(self) -> Self:
         needed = {"input_image": "image_url", "refusal": "refusal"}.get(self.type, "text")
-        _holds(self, f"piece of type {self.type!r}", ("detail",) if needed == "image_url" else (), (needed,))
+        holds(self, f"piece of type {self.type!r}", (needed,), ("detail",) if needed == "image_url" else ())
         return self
 
     def told(self) -> dict[str, Any]:
@@ -112,7 +102,7 @@ class Item(Wire):
     @model_validator(mode="after")
     def _holds_its_type(self) -> Self:
         more = {"message": ("id", "status"), "item_reference": ()}.get(self.type, ("id", "name", "status"))
-        _holds(self, f"{self.type} item", more, self.needs[self.type])
+        holds(self, f"{self.type} item", self.needs[self.type], more)
         for place, piece in enumerate(self.content or ()):
             is_said = piece.type in ("output_text", "refusal")
             if is_said and self.role != "assistant":
@@ -193,7 +183,7 @@ class ChoiceForm(Wire):
     @model_validator(mode="after")
     def _holds_its_type(self) -> Self:
         needed = {"function": ("name",), "allowed_tools": ("mode", "tools")}.get(self.type, ())
-        _holds(self, f"choice of type {self.type!r}", (), needed)
+        holds(self, f"choice of type {self.type!r}", needed)
         return self
 
 

@@ -21,13 +21,13 @@ from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, is_background, meter, read_body, while_connected
 from herd.serve.fetch import fetched
 from herd.serve.metrics import Metrics
-from herd.serve.responses_events import Answer, Event, line, new_id
-from herd.serve.responses_request import chat_request, given_items, head, in_words_of_responses, with_pictures
-from herd.serve.responses_schema import Includable, Item, ResponsesBody
-from herd.serve.responses_store import Responses
+from herd.serve.responses.events import Answer, Event, line
+from herd.serve.responses.request import chat_request, given_items, head, in_words_of_responses, with_pictures
+from herd.serve.responses.schema import Includable, Item, ResponsesBody
+from herd.serve.responses.store import Responses
 from herd.serve.sse import EventStream
 from herd.serve.store import Store, owner
-from herd.serve.wire import shown_value
+from herd.serve.wire import new_id, shown_value
 
 MOST_ITEMS, USUAL_ITEMS = 100, 20  # of one page of input items
 
@@ -47,7 +47,7 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
             past = [] if previous is None else [Item.model_validate(told) for told in kept.past(who, previous)]
             new = given_items(body, past, lambda id, param: Item.model_validate(kept.item(who, id, param)))
             asked = replace(chat_request(body, past, new, caller(request)), background=is_background(request))
-        inputs = [item.told(new_id("msg" if item.type == "message" else "fc")) for item in new]
+        inputs = [item.told(new_id("msg_" if item.type == "message" else "fc_")) for item in new]
         if is_stored:
             kept.check_room(who, inputs, previous)
         told = Told(body.model, metrics, meter(request))
@@ -57,7 +57,7 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
                 kept.save(who, response, inputs)
             return {**response, "timings": told.timings()} if body.timings else response
 
-        response = {"id": new_id("resp"), "object": "response", "created_at": int(time.time()), **head(body, is_stored=is_stored)}
+        response = {"id": new_id("resp_"), "object": "response", "created_at": int(time.time()), **head(body, is_stored=is_stored)}
         answer = Answer(response, finish)
         events = answer.events(told.read(side_by_side([_replies(backend, asked)])))
         if body.stream:

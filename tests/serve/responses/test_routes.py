@@ -20,11 +20,11 @@ from starlette.requests import ClientDisconnect
 from herd.chat import ChatEvent, Done, Drawn, Image, Message, Text, ToolCall, ToolCallDelta, ToolCallEnd, ToolCallStart, Usage
 from herd.engine.local import Local, Model
 from herd.errors import HerdError, UsageError
+from herd.serve.access.keys import KeyFile
 from herd.serve.choices import side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.keys import KeyFile
-from herd.serve.responses import _lines, _replies
-from herd.serve.responses_events import Answer
+from herd.serve.responses.events import Answer
+from herd.serve.responses.routes import _lines, _replies
 from herd.serve.sse import EventStream
 from tests.serve.conftest import Live, live
 from tests.serve.echo import Echo, Script, words
@@ -311,7 +311,7 @@ def test_items_by_reference(client: openai.OpenAI, echo: Echo):
 
 def test_callers_see_their_own(serve, tmp_path: Path):
     file = KeyFile(tmp_path / "keys.json")
-    served = serve(Echo(), ServeConfig(port=0, keys_file=(file.make("x"), file.path)[1], shutdown_s=1))
+    served = serve(Echo(), ServeConfig(port=0, keys_file=(file.make("x"), file.path)[1], drain_s=1))
     with client_of(served, file.make("ann")) as ann, client_of(served, file.make("bob")) as bob:
         made = ann.responses.create(model="echo", input="one")
         for door in (bob.responses.retrieve, bob.responses.delete, bob.responses.cancel, bob.responses.input_items.list):
@@ -325,7 +325,7 @@ def test_callers_see_their_own(serve, tmp_path: Path):
 
 
 def test_a_restart_loses_nothing(tmp_path: Path):
-    config = ServeConfig(port=0, data_folder=tmp_path, shutdown_s=1)
+    config = ServeConfig(port=0, data_folder=tmp_path, drain_s=1)
     echo = Echo()
     with live(echo, config) as served, client_of(served) as client:
         made = client.responses.create(model="echo", input="one")
@@ -336,7 +336,7 @@ def test_a_restart_loses_nothing(tmp_path: Path):
 
 
 def test_a_server_may_keep_nothing(serve):
-    with client_of(serve(Echo(), ServeConfig(port=0, responses_gib=0, shutdown_s=1))) as client:
+    with client_of(serve(Echo(), ServeConfig(port=0, responses_gib=0, drain_s=1))) as client:
         made = client.responses.create(model="echo", input="one")
         assert made.to_dict()["store"] is False
         with pytest.raises(openai.NotFoundError):
@@ -347,7 +347,7 @@ def test_a_server_may_keep_nothing(serve):
 
 
 def test_a_conversation_that_is_too_large_to_keep(serve):
-    with client_of(serve(Echo(), ServeConfig(port=0, responses_gib=2000 / (1 << 30), shutdown_s=1))) as client:
+    with client_of(serve(Echo(), ServeConfig(port=0, responses_gib=2000 / (1 << 30), drain_s=1))) as client:
         made = client.responses.create(model="echo", input="one")
         with pytest.raises(openai.BadRequestError, match="this server keeps 2,000 of all") as caught:
             client.responses.create(model="echo", input="x" * 2000, previous_response_id=made.id)
@@ -385,13 +385,13 @@ def test_failures_before_the_first_event(serve):
         with client_of(serve(Script([error]))) as client, pytest.raises(openai.BadRequestError, match="a prompt of 9") as caught:
             client.responses.create(model="echo", input="x", stream=streamed)
         assert caught.value.param == "input"
-    served = serve(Script([0.3, UsageError("a prompt of 9 tokens", param="messages")]), ServeConfig(port=0, ping_s=0.05, shutdown_s=1))
+    served = serve(Script([0.3, UsageError("a prompt of 9 tokens", param="messages")]), ServeConfig(port=0, ping_s=0.05, drain_s=1))
     lines = served.http.post("/v1/responses", json={"model": "echo", "input": "x", "stream": True}).text.split("\n\n")
     assert lines[0] == ": ping" and lines[-2].startswith('event: error\ndata: {"type":"error","sequence_number":0,')
 
 
 def test_a_stop_of_the_server(serve):
-    served = serve(Script([Text(text="half"), 60.0, *words("never")]), ServeConfig(port=0, shutdown_s=1))
+    served = serve(Script([Text(text="half"), 60.0, *words("never")]), ServeConfig(port=0, drain_s=1))
     with (
         client_of(served) as client,
         client.responses.create(model="echo", input="x", stream=True) as stream,

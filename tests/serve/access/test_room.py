@@ -8,8 +8,8 @@ import openai
 import pytest
 
 from herd.errors import BusyError
+from herd.serve.access.room import Room
 from herd.serve.config import ServeConfig
-from herd.serve.room import Room
 from tests.serve.echo import Echo, Script, words
 
 

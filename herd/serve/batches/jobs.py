@@ -11,9 +11,9 @@ Source: `openai.types.batch`, `batch_create_params` of openai 3.54.
 
 import asyncio
 import json
-import secrets
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from sqlite3 import Row
@@ -26,13 +26,13 @@ from pydantic import Field
 
 from herd.errors import UsageError
 from herd.log import log
+from herd.serve.batches.files import UNFINISHED, Files, Page, list_object, listed, read_page
+from herd.serve.batches.lines import Line, Results, Scan, read_line, scan
 from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, check_origin, read_body
 from herd.serve.errors import RequestError, error_object, shown
-from herd.serve.files import UNFINISHED, Files, Page, list_object, listed, read_page
-from herd.serve.lines import Line, Results, Scan, read_line, scan
 from herd.serve.store import owner
-from herd.serve.wire import Wire, shown_value
+from herd.serve.wire import Wire, new_id, shown_value
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")  # those of them that the server has
 WINDOW_S = 24 * 3600
@@ -103,7 +103,7 @@ class Batches:
         self.files.check_room()
         if len(self._jobs) >= MOST_UNFINISHED:
             raise RequestError(429, f"{MOST_UNFINISHED} batches have not ended, the limit", "wait for some, or cancel them")
-        now, batch_id = int(time.time()), f"batch_{secrets.token_hex(16)}"
+        now, batch_id = int(time.time()), new_id("batch_")
         told = {
             "id": batch_id,
             "object": "batch",
@@ -120,7 +120,7 @@ class Batches:
         }
         self.store.db.execute(
             "INSERT INTO batches (id, owner, status, input_file_id, output_id, error_id, told) VALUES (?, ?, 'validating', ?, ?, ?, ?)",
-            (batch_id, owner(who), file["id"], *(f"file-{secrets.token_hex(16)}" for _ in range(2)), json.dumps(told)),
+            (batch_id, owner(who), file["id"], *(new_id("file-") for _ in range(2)), json.dumps(told)),
         )
         row = self.row(batch_id, who)
         self._begin(row)
@@ -221,7 +221,7 @@ class Batches:
 
     async def _line(self, job: Job, row: Row, number: int, offset: int) -> None:
         line = await asyncio.to_thread(read_line, self.files.path(row["input_file_id"]), offset)
-        who, request_id = tuple(json.loads(row["owner"])), secrets.token_hex(16)
+        who, request_id = tuple(json.loads(row["owner"])), uuid.uuid4().hex
         pauses = iter(PAUSES_S)
         while True:
             status, body = await self._answer(line, who, request_id)

@@ -21,11 +21,11 @@ from openai.types import Batch, batch_create_params, batch_list_params
 from herd.chat import ChatEvent, ChatRequest
 from herd.engine.local import Local, Model
 from herd.errors import HerdError, ResourceError
-from herd.serve import batches as module
-from herd.serve.batches import BatchBody
+from herd.serve.access.keys import KeyFile
+from herd.serve.batches import jobs as module
+from herd.serve.batches.files import Page
+from herd.serve.batches.jobs import BatchBody
 from herd.serve.config import ServeConfig
-from herd.serve.files import Page
-from herd.serve.keys import KeyFile
 from tests.serve.conftest import Live, live
 from tests.serve.echo import Echo
 
@@ -34,7 +34,7 @@ Serve = Callable[..., Live]
 
 
 def config_of(folder: Path, **more: Any) -> ServeConfig:
-    return ServeConfig(port=0, data_folder=folder, shutdown_s=1, **more)
+    return ServeConfig(port=0, data_folder=folder, drain_s=1, **more)
 
 
 def client_of(running: Live, key: str = "none") -> openai.OpenAI:
@@ -309,7 +309,7 @@ from pathlib import Path
 from tests.serve.echo import Echo
 from herd.serve.app import bind, make_app, run
 from herd.serve.config import ServeConfig
-config = ServeConfig(port=0, shutdown_s=1, data_folder=Path(sys.argv[1]))
+config = ServeConfig(port=0, drain_s=1, data_folder=Path(sys.argv[1]))
 run(make_app(Echo(word_s=0.01), config), bind(config), config, ready=lambda url: print(url, flush=True))
 """
 
@@ -321,7 +321,7 @@ def test_kill_9_loses_no_line_and_tells_none_twice(tmp_path: Path) -> None:
     batch = None
     for attempt in range(6):
         command = [sys.executable, "-c", SERVER, str(tmp_path)]
-        with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True) as process:
             try:
                 url = process.stdout.readline().strip()
                 with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:

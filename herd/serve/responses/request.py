@@ -8,7 +8,7 @@ from typing import Any
 from herd.chat import ChatRequest, Format, Image, Message, Role, Tool, ToolCall, ToolChoice
 from herd.errors import HerdError, UsageError
 from herd.serve.request import Images, cache_salt, read_data_uri, sampling
-from herd.serve.responses_schema import ChoiceForm, FormatForm, Item, Piece, ResponsesBody
+from herd.serve.responses.schema import ChoiceForm, FormatForm, Item, Piece, ResponsesBody
 
 # what the fields of a `ChatRequest` are called here
 NAMES = {"max_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format"}

@@ -10,8 +10,8 @@ from openai.types.responses.response_includable import ResponseIncludable
 from openai.types.shared_params import Reasoning
 
 from herd.chat import Format, Sampling, Tool, ToolChoice
-from herd.serve import responses_schema as schema
-from herd.serve.responses_schema import Item, Piece, ResponsesBody
+from herd.serve.responses import schema as schema
+from herd.serve.responses.schema import Item, Piece, ResponsesBody
 from herd.serve.wire import Wire
 from tests.serve.conftest import Live
 from tests.serve.echo import Echo
@@ -62,7 +62,7 @@ OTHERWISE_HONOURED = {
     "stream",
     "stream_options",
     "timings",
-}  # tests below and in test_responses.py
+}  # tests below and in test_routes.py
 REFUSED = {
     "access_programs": {"cyber": "daybreak_red"},
     "background": True,

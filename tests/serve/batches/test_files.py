@@ -11,9 +11,9 @@ import openai
 import pytest
 from openai.types import file_create_params, file_list_params
 
+from herd.serve.access.keys import KeyFile
+from herd.serve.batches.files import FileForm, FilePage
 from herd.serve.config import ServeConfig
-from herd.serve.files import FileForm, FilePage
-from herd.serve.keys import KeyFile
 from tests.serve.conftest import Live, live
 from tests.serve.echo import Echo
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def running(folder: Path) -> Iterator[Live]:
-    with live(Echo(), ServeConfig(port=0, data_folder=folder, max_file_bytes=LIMIT, max_stored_bytes=1_000_000, shutdown_s=1)) as server:
+    with live(Echo(), ServeConfig(port=0, data_folder=folder, max_file_bytes=LIMIT, max_stored_bytes=1_000_000, drain_s=1)) as server:
         yield server
 
 
@@ -169,7 +169,7 @@ def test_pages_of_other_sites_send_nothing(running: Live) -> None:
 
 def test_files_belong_to_their_caller(serve: Callable[..., Live], tmp_path: Path) -> None:
     keys = KeyFile(tmp_path / "keys.json")
-    running = serve(Echo(), ServeConfig(port=0, keys_file=keys.path, data_folder=tmp_path / "data", shutdown_s=1))
+    running = serve(Echo(), ServeConfig(port=0, keys_file=keys.path, data_folder=tmp_path / "data", drain_s=1))
     keys.make("nobody")
     ann, bob = (client_of(running, keys.make(name)) for name in ("ann", "bob"))
     with ann, bob:
@@ -185,7 +185,7 @@ def test_files_belong_to_their_caller(serve: Callable[..., Live], tmp_path: Path
 
 
 def test_what_a_crash_left_is_swept_away(folder: Path) -> None:
-    config = ServeConfig(port=0, data_folder=folder, shutdown_s=1)
+    config = ServeConfig(port=0, data_folder=folder, drain_s=1)
     with live(Echo(), config) as running, client_of(running) as client:
         kept = client.files.create(file=("a.jsonl", b"x"), purpose="batch")
         (folder / "files" / "file-half").write_bytes(b"half of an upload")

@@ -12,7 +12,6 @@ Source: `openai.types.responses.response_stream_event` of openai 3.54. An error 
 in `error`, as OpenAI sends them and as its clients look for them to raise.
 """
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
@@ -23,18 +22,14 @@ from herd.errors import HerdError
 from herd.serve.choices import Replies, logprobs_object
 from herd.serve.errors import error_object
 from herd.serve.sse import data
+from herd.serve.wire import new_id
 
 Event = dict[str, Any]
 
 
-def new_id(kind: str) -> str:
-    """An id that nobody can guess."""
-    return f"{kind}_{secrets.token_hex(24)}"
-
-
 def line(event: Event) -> bytes:
     """An event on the wire."""
-    return f"event: {event['type']}\n".encode() + data(event)
+    return data(event, event=event["type"])
 
 
 class Answer:
@@ -107,7 +102,7 @@ class Answer:
     def _begin(self, **fields: Any) -> Iterator[Event]:
         yield from self._end("completed")
         is_message = fields["type"] == "message"
-        self._item = {"id": new_id("msg" if is_message else "fc"), "status": "in_progress", **fields}
+        self._item = {"id": new_id("msg_" if is_message else "fc_"), "status": "in_progress", **fields}
         yield self._event("response.output_item.added", output_index=len(self._output), item=self._item)
         if is_message:
             yield self._here("response.content_part.added", content_index=0, part=_part("", []))

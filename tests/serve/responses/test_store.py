@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from herd.errors import HerdError, ResourceError, UsageError
-from herd.serve.responses_store import DAY_S, TABLES, Responses
+from herd.serve.responses.store import DAY_S, TABLES, Responses
 from herd.serve.store import Store
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from herd.errors import HerdError, UsageError, nearest
-from herd.serve.tries import Tries
+from herd.serve.access.tries import Tries
 
 PREFIX = "hk-"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

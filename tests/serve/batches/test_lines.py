@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from herd.serve.lines import MOST_ERRORS, Results, read_line, scan
+from herd.serve.batches.lines import MOST_ERRORS, Results, read_line, scan
 
 CHAT = "/v1/chat/completions"
 

@@ -8,7 +8,6 @@ Source: `openai.types.file_create_params`, `file_list_params` of openai 3.54.
 """
 
 import os
-import secrets
 import shutil
 import time
 from asyncio import to_thread
@@ -27,7 +26,7 @@ from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, check_origin
 from herd.serve.errors import RequestError
 from herd.serve.store import Store, owner
-from herd.serve.wire import Wire, shown_value, usage_error
+from herd.serve.wire import Wire, new_id, shown_value, usage_error
 
 FILES_TABLE = """
 CREATE TABLE IF NOT EXISTS files (
@@ -141,7 +140,7 @@ class Files:
             file = form.get("file")
             _check_form(fields, file)
             assert isinstance(file, UploadFile)
-            name, file_id = _checked_name(file.filename or ""), f"file-{secrets.token_hex(16)}"
+            name, file_id = _checked_name(file.filename or ""), new_id("file-")
             try:
                 self.check_room(file.size or 0)
                 await to_thread(_keep, file.file, self.path(file_id))

@@ -8,9 +8,9 @@ import openai
 import pytest
 
 from herd.chat import Text
+from herd.serve.access.keys import KeyFile
+from herd.serve.access.limits import Bucket, Limits, RateLimited, duration, estimate
 from herd.serve.config import ServeConfig
-from herd.serve.keys import KeyFile
-from herd.serve.limits import Bucket, Limits, RateLimited, duration, estimate
 from herd.serve.schema import ChatBody
 from tests.serve.conftest import Live
 from tests.serve.echo import Echo, Script, words

@@ -11,9 +11,9 @@ from fastapi.routing import APIRoute
 from herd.cli.main import main
 from herd.engine.local import Local, Model
 from herd.errors import HerdError, UsageError
+from herd.serve.access.keys import Guard, KeyFile
 from herd.serve.app import OPEN
 from herd.serve.config import ServeConfig
-from herd.serve.keys import Guard, KeyFile
 from tests.serve.echo import Echo
 
 SECRET = "a secret of mine"

@@ -2,10 +2,10 @@
 
 import pytest
 
-from herd.serve import tries
+from herd.serve.access import tries
+from herd.serve.access.keys import Guard, KeyFile, KeyRefused, TooManyTries
+from herd.serve.access.tries import Tries, network
 from herd.serve.config import ServeConfig
-from herd.serve.keys import Guard, KeyFile, KeyRefused, TooManyTries
-from herd.serve.tries import Tries, network
 from tests.serve.echo import Echo
 
 
