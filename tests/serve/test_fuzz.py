@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from herd.chat import ChatEvent, ChatRequest, Done, Text, TextRequest, Tokenized, Usage
+from herd.chat import ChatEvent, ChatRequest, Done, Embedding, Text, TextRequest, Tokenized, Usage
 from herd.engine.local import Local, load
 from herd.serve.app import make_app
 from herd.serve.config import ServeConfig
@@ -51,6 +51,12 @@ class Parrot(Echo):
 
     async def detokenize(self, model: str, tokens: tuple[int, ...]) -> str:
         return "text"
+
+    def context_tokens(self, model: str) -> int | None:
+        return 9
+
+    async def embed(self, request: TextRequest) -> Embedding:
+        return Embedding(vector=(0.6, 0.8), num_tokens=2)
 
 
 def check(method: str, path: str, status: int, kind: str, body: bytes) -> None:
@@ -121,7 +127,7 @@ def resident() -> int:
 @pytest.mark.filterwarnings("ignore")  # of what is in the bodies
 def test_app():
     app = make_app(Parrot("echo"), ServeConfig(port=0))
-    bodies = Bodies(forms(app), "echo")
+    bodies = Bodies(forms(make_app(Parrot("echo"), ServeConfig(port=0))), "echo")
     statuses: Counter[int] = Counter()
     marks: list[tuple[int, int]] = []
 

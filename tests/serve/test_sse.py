@@ -31,7 +31,7 @@ def test_chunks(served: Live):
     *chunks, end = events(reply)
     assert end == "data: [DONE]"
     for chunk in chunks:
-        assert chunk.keys() == {"id", "object", "created", "model", "choices"}
+        assert chunk.keys() == {"id", "object", "created", "model", "system_fingerprint", "choices"}
         assert (chunk["id"], chunk["object"], chunk["model"]) == (chunks[0]["id"], "chat.completion.chunk", "echo")
     assert [chunk["choices"] for chunk in chunks] == [
         [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}],

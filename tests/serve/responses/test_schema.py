@@ -41,6 +41,8 @@ SAMPLED = {
     "guided_regex": ("a+", {"format": Format(kind="regex", value="a+")}),
     "guided_choice": (["a", "b"], {"format": Format(kind="choice", value=("a", "b"))}),
     "guided_grammar": ('root ::= "a"', {"format": Format(kind="gbnf", value='root ::= "a"')}),
+    "grammar": ('root ::= "a"', {"format": Format(kind="gbnf", value='root ::= "a"')}),
+    "json_schema": ({"type": "object"}, {"format": Format(kind="json_schema", value={"type": "object"})}),
 }
 TOLD = {  # kept, and told again
     "metadata": {"a": "b"},
@@ -101,7 +103,7 @@ def test_every_openai_field_is_in_one_group():
     assert neutral == REFUSED.keys()
     assert ignored == IGNORED.keys()
     assert len(honoured) + len(neutral) + len(ignored) == len(honoured | neutral | ignored)
-    assert honoured | neutral | ignored == FIELDS | EXTENSIONS | {
+    assert honoured | neutral | ignored == FIELDS | (EXTENSIONS - {"return_progress"}) | {
         "seed", "stop", "frequency_penalty", "presence_penalty", "logit_bias",
     }  # fmt: skip
 
