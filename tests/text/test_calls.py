@@ -235,3 +235,11 @@ def test_text_is_not_kept_waiting(text: str) -> None:
     reader = CallReader(NAMES)
     out = "".join(event.text for event in reader.push(text + "." * 300) if isinstance(event, Text))
     assert out.endswith("." * 44)
+
+
+def test_the_beginning_of_a_required_call_is_no_text() -> None:
+    for piece in ("<tool_c", "<tool_call>", '<tool_call>[{"na', "[", " ", "[get_wea"):
+        assert events([piece], ALL, required=True) == []
+        assert events([piece], ALL) == [Text(text=piece)]
+    opened = events(["[add(", 'a="x'], ALL, required=True)
+    assert opened == events(["[add(", 'a="x'], ALL) != []
