@@ -325,8 +325,10 @@ class Local:
         with await self._stay(model) as stay:
 
             def made() -> Tokenized:
-                is_chat = isinstance(request, ChatRequest)
-                prompt = model.prompt(request) if is_chat else model.plain_prompt(request.prompt, begin=request.begin)
+                if isinstance(request, ChatRequest):
+                    prompt = model.prompt(request)
+                else:
+                    prompt = model.plain_prompt(request.prompt, begin=request.begin)
                 names = {token: name.encode() for name, token in model.tokenizer.specials.items()}
                 pieces = tuple(names.get(token) or model.tokenizer.token_bytes(token) for token in prompt.tokens)
                 return Tokenized(tokens=tuple(prompt.tokens), pieces=pieces, context_tokens=stay.thread.engine.context_tokens)
