@@ -339,10 +339,14 @@ class Local:
         """The text of tokens, special ones by name. Raises `PromptError` for one that is not in the vocabulary."""
         found = self._model(model)
         with await self._stay(found):
-            wrong = next((token for token in tokens if not 0 <= token < found.config.vocab_size), None)
-            if wrong is not None:
-                raise PromptError(f"token {wrong} is not in the vocabulary of {found.config.vocab_size:,}", param="tokens")
-            return await asyncio.to_thread(decode, found.tokenizer, tokens, specials=True)
+
+            def read() -> str:
+                wrong = next((token for token in tokens if not 0 <= token < found.config.vocab_size), None)
+                if wrong is not None:
+                    raise PromptError(f"token {wrong} is not in the vocabulary of {found.config.vocab_size:,}", param="tokens")
+                return decode(found.tokenizer, tokens, specials=True)
+
+            return await asyncio.to_thread(read)
 
     def _model(self, name: str) -> Model:
         model = self._models.get(name)
