@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import keyword
 
 import pytest
 from hypothesis import example, given, settings
@@ -36,7 +37,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-KEYS = st.from_regex(r"[a-z_][a-z0-9_]{0,5}", fullmatch=True)
+KEYS = st.from_regex(r"[a-z_][a-z0-9_]{0,5}", fullmatch=True).filter(lambda key: not keyword.iskeyword(key))  # Python is asked
 ARGUMENTS = st.dictionaries(KEYS, VALUES, max_size=4)
 CALLS = st.lists(st.tuples(st.sampled_from(["get_weather", "add"]), ARGUMENTS), min_size=1, max_size=3)
 PLAIN = st.text("ab[]{}<>()=,:;\"'\\ \n", max_size=12) | st.sampled_from(["see: ", "[1, 2]", "[x](y)", '{"a": 1}', "<b>", "[add", "[add("])
