@@ -18,11 +18,11 @@ from pydantic import BeforeValidator, Field
 
 from herd.chat import Embedding, EmbeddingBackend, TextRequest
 from herd.errors import ContextError, PromptError, UsageError
+from herd.serve.access.limits import Meter
 from herd.serve.api import check_model
 from herd.serve.completions import texts_or_tokens
 from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, is_background, meter, read_body, while_connected
-from herd.serve.limits import Meter
 from herd.serve.wire import Wire, problem
 
 MOST_INPUTS = 2048  # of one request, OpenAI's limit

@@ -202,7 +202,7 @@ def test_a_disk_that_is_full_is_told(running: Live, monkeypatch: pytest.MonkeyPa
         raise error
 
     before = set((folder / "files").iterdir())
-    monkeypatch.setattr("herd.serve.files._keep" if isinstance(error, OSError) else "herd.serve.files.Files.add", full)
+    monkeypatch.setattr("herd.serve.batches.files._keep" if isinstance(error, OSError) else "herd.serve.batches.files.Files.add", full)
     reply = post(running)
     assert reply.status_code == 503 and "disk is full or fails" in reply.json()["error"]["message"]
     monkeypatch.undo()
