@@ -288,6 +288,7 @@ class Done:
 
     reason: FinishReason
     usage: Usage
+    stop: str | None = None  # the stop string that ended it, where one did
     tokens: tuple[int, ...] = ()  # the reply's ids, its stop token included; empty where a provider does not tell
 
 

@@ -48,7 +48,7 @@ class Options:
 
 def run(options: Options) -> int:
     try:
-        from herd.serve.app import bind, make_app
+        from herd.serve.app import bind, make_app, open_store
         from herd.serve.app import run as run_server
     except ModuleNotFoundError as error:
         raise UsageError(f"the server needs {error.name}, which is not installed", "pip install 'herd-llm[serve]'") from error
@@ -60,7 +60,7 @@ def run(options: Options) -> int:
     if len(set(served)) < len(served):
         raise UsageError(f"two models would be served under one name: {', '.join(served)}", "rename a folder")
     _allow_many_files()
-    listener = bind(config)  # before the models: a taken port should cost a moment
+    listener, store = bind(config), open_store(config)  # before the models: a port or a folder that is taken should cost a moment
     trace = TraceFile(options.trace) if options.trace else None
     loaded = partial(load, config=options.engine, idle_s=options.idle_s, lazy=options.lazy, trace=trace)
     backend = Local([loaded(name) for name in options.models], stuck_s=config.stuck_s)
@@ -76,7 +76,7 @@ def run(options: Options) -> int:
             )
 
     states = backend.states if comes_and_goes else dict[str, str]
-    app = make_app(backend, config, is_healthy=backend.is_healthy, states=states, stats=backend.stats)
+    app = make_app(backend, config, is_healthy=backend.is_healthy, states=states, stats=backend.stats, store=store)
     run_server(app, listener, config, ready, lambda is_second: _end_within(2 if is_second else config.drain_s + 4, int(is_second)))
     return 0
 

@@ -132,7 +132,8 @@ class Engine:
         reader = None
         if tools:
             names = [tool.name for tool in tools]
-            reader = CallReader(names, parallel=choice.parallel, trusted=guarded(choice, self.tool_format))
+            required = choice.mode == "required"
+            reader = CallReader(names, parallel=choice.parallel, trusted=guarded(choice, self.tool_format), required=required)
         return Sequence(
             prompt=prompt,
             sampler=Sampler(self.advised(sampling), prompt.tokens, self.grammars.compile(grammar, param) if grammar else None),

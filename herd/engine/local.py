@@ -324,24 +324,29 @@ class Local:
         model = self._model(request.model)
         with await self._stay(model) as stay:
 
-            def made() -> Prompt:
-                return (
-                    model.prompt(request) if isinstance(request, ChatRequest) else model.plain_prompt(request.prompt, begin=request.begin)
-                )
+            def made() -> Tokenized:
+                if isinstance(request, ChatRequest):
+                    prompt = model.prompt(request)
+                else:
+                    prompt = model.plain_prompt(request.prompt, begin=request.begin)
+                names = {token: name.encode() for name, token in model.tokenizer.specials.items()}
+                pieces = tuple(names.get(token) or model.tokenizer.token_bytes(token) for token in prompt.tokens)
+                return Tokenized(tokens=tuple(prompt.tokens), pieces=pieces, context_tokens=stay.thread.engine.context_tokens)
 
-            prompt = await asyncio.wrap_future(self._cutting.submit(made))
-            names = {token: name.encode() for name, token in model.tokenizer.specials.items()}
-            pieces = tuple(names.get(token) or model.tokenizer.token_bytes(token) for token in prompt.tokens)
-            return Tokenized(tokens=tuple(prompt.tokens), pieces=pieces, context_tokens=stay.thread.engine.context_tokens)
+            return await asyncio.wrap_future(self._cutting.submit(made))
 
     async def detokenize(self, model: str, tokens: tuple[int, ...]) -> str:
         """The text of tokens, special ones by name. Raises `PromptError` for one that is not in the vocabulary."""
         found = self._model(model)
         with await self._stay(found):
-            wrong = next((token for token in tokens if not 0 <= token < found.config.vocab_size), None)
-            if wrong is not None:
-                raise PromptError(f"token {wrong} is not in the vocabulary of {found.config.vocab_size:,}", param="tokens")
-            return decode(found.tokenizer, tokens, specials=True)
+
+            def read() -> str:
+                wrong = next((token for token in tokens if not 0 <= token < found.config.vocab_size), None)
+                if wrong is not None:
+                    raise PromptError(f"token {wrong} is not in the vocabulary of {found.config.vocab_size:,}", param="tokens")
+                return decode(found.tokenizer, tokens, specials=True)
+
+            return await asyncio.to_thread(read)
 
     def _model(self, name: str) -> Model:
         model = self._models.get(name)

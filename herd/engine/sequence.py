@@ -128,7 +128,8 @@ class Sequence:
         if self.finish:
             reply = tuple(self.tokens[self.num_prompt :])
             usage = Usage(prompt_tokens=self.num_prompt, completion_tokens=len(reply), cached_tokens=self.num_cached)
-            events.append(Done(reason=self.finish, usage=usage, tokens=reply))
+            stop = self.detokenizer.stop if self.finish == "stop" else None
+            events.append(Done(reason=self.finish, usage=usage, stop=stop, tokens=reply))
         return events
 
     def _read(self, text: str) -> list[ChatEvent]:

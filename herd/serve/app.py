@@ -64,6 +64,7 @@ def make_app(
     states: Callable[[], Mapping[str, str]] = dict,
     stats: "Callable[[], Mapping[str, Stats | None]]" = dict,
     fetcher: Fetcher | None = None,
+    store: Store | None = None,
 ) -> FastAPI:
     """OpenAI's API over a backend, and the chat page.
 
@@ -71,9 +72,10 @@ def make_app(
     states: of models that come and go, by name, which /health tells too.
     stats: of the engines, by model, for /metrics.
     fetcher: of images by address; none: as the config says.
+    store: what `open_store` gives, for who opens it before he loads models; it is closed with the app.
     """
     metrics = Metrics(stats)
-    store = Store(config.data_folder, TABLES)
+    store = store or open_store(config)
     guard = Guard(config.api_key, KeyFile(config.keys_file) if config.keys_file else None)
     limits = Limits(config.requests_per_minute, config.tokens_per_minute)
 
@@ -120,6 +122,11 @@ def make_app(
     _add_probes(app, metrics, is_healthy, states)
     add_page(app)
     return app
+
+
+def open_store(config: ServeConfig) -> Store:
+    """The server's folder. Raises `ResourceError` where another server has it, or where it cannot be written."""
+    return Store(config.data_folder, TABLES)
 
 
 def _add_probes(app: FastAPI, metrics: Metrics, is_healthy: Callable[[], bool], states: Callable[[], Mapping[str, str]]) -> None:

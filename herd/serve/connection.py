@@ -92,11 +92,13 @@ def is_background(request: Request) -> bool:
 def check_origin(request: Request) -> None:
     """Raises `RequestError` when a page of another site sends it. For routes whose requests are such that a browser lets any page send
     them to a server on its user's own machine without asking that server first: forms, and posts without a body. Browsers name the page's
-    origin in every such request; other clients name none.
+    origin in every such request; other clients name none. Those of --allow-origin may.
     """
-    origin = request.headers.get("origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-        raise RequestError(403, f"a page of {origin[:100]!r} may not send this", "send it from a program, or from this server's own page")
+    origin, allowed = request.headers.get("origin"), request.app.state.config.allow_origin
+    is_foreign = origin is not None and origin.partition("://")[2] != request.headers.get("host")
+    if is_foreign and origin not in allowed and "*" not in allowed:
+        hint = "send it from a program or from this server's own page, or let that origin in with --allow-origin"
+        raise RequestError(403, f"a page of {origin or '':.100} may not send this", hint)
 
 
 def meter(request: Request) -> Meter | None:

@@ -18,10 +18,11 @@ from pydantic import BeforeValidator, Field
 
 from herd.chat import Embedding, EmbeddingBackend, TextRequest
 from herd.errors import ContextError, PromptError, UsageError
+from herd.serve.access.limits import Meter
 from herd.serve.api import check_model
 from herd.serve.completions import texts_or_tokens
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, is_background, read_body, while_connected
+from herd.serve.connection import caller, is_background, meter, read_body, while_connected
 from herd.serve.wire import Wire, problem
 
 MOST_INPUTS = 2048  # of one request, OpenAI's limit
@@ -56,7 +57,7 @@ def add_embeddings(app: FastAPI, backend: EmbeddingBackend, config: ServeConfig)
         texts = [text if isinstance(text, str) else tuple(text) for text in body.input]
         background = is_background(request)
         asked = [TextRequest(model=body.model, prompt=text, cache_salt=caller(request), background=background) for text in texts]
-        found = await while_connected(request.receive, _embedded(backend, asked, body.dimensions))
+        found = await while_connected(request.receive, _embedded(backend, asked, body.dimensions, meter(request)))
         data = [
             {"object": "embedding", "index": index, "embedding": _written(one.vector, body.encoding_format)}
             for index, one in enumerate(found)
@@ -66,13 +67,17 @@ def add_embeddings(app: FastAPI, backend: EmbeddingBackend, config: ServeConfig)
         return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
 
 
-async def _embedded(backend: EmbeddingBackend, asked: Sequence[TextRequest], dimensions: int | None) -> list[Embedding]:
-    """All vectors, in order. The first failure is that of all, and ends the others."""
+async def _embedded(
+    backend: EmbeddingBackend, asked: Sequence[TextRequest], dimensions: int | None, meter: Meter | None
+) -> list[Embedding]:
+    """All vectors, in order. The first failure is that of all, and ends the others; those that were made are paid for."""
     places = asyncio.Semaphore(AT_ONCE)
 
     async def one(request: TextRequest) -> Embedding:
         async with places:
             found = await backend.embed(request)
+        if meter:
+            meter.used(found.num_tokens)
         if dimensions not in (None, len(found.vector)):
             message = f"dimensions is {dimensions}; vectors of this model have {len(found.vector):,}, and mean nothing when they are cut"
             raise UsageError(message, "leave dimensions out", param="dimensions")

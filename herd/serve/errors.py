@@ -1,11 +1,13 @@
 """How a failure is told to a client: OpenAI's error object, and never a traceback."""
 
+import errno
 import math
+import sqlite3
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from herd.errors import BusyError, HerdError, UsageError
+from herd.errors import BusyError, HerdError, ResourceError, UsageError
 from herd.log import log
 
 
@@ -21,10 +23,19 @@ def shown(error: Exception, request_id: str) -> HerdError:
     """What a client is told of a failure. What is the server's fault is logged, with the traceback where nobody foresaw it."""
     if not isinstance(error, HerdError):
         log.error("request %s failed", request_id, exc_info=error)
+        if _is_of_the_disk(error):
+            return ResourceError("the server's disk is full or fails", f"make room on it; its log has more under request id {request_id}")
         return HerdError("the server failed on this request", f"its log has the reason under request id {request_id}")
     if error.http_status >= 500 and not isinstance(error, BusyError):  # which comes by the thousand
         log.error("request %s failed: %s", request_id, " ".join(error.message.split()))
     return error
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether a file or the database could not be written or read, and not for a fault of herd's own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    return type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError)  # their other kinds are bugs
 
 
 def error_object(error: HerdError, path: str = "") -> dict[str, Any]:

@@ -261,7 +261,12 @@ def _whole(fold: Fold) -> dict[str, Any]:
     said = fold.message
     content: list[dict[str, Any]] = [{"type": "text", "text": said.text}] if said.text else []
     content += [{"type": "tool_use", "id": call.id, "name": call.name, "input": _input(call.arguments)} for call in said.tool_calls]
-    return {"content": content, "stop_reason": REASONS[fold.done.reason], "usage": _usage(fold.done.usage)}
+    return {"content": content, **_end(fold.done), "usage": _usage(fold.done.usage)}
+
+
+def _end(done: Done) -> dict[str, Any]:
+    """Why the reply ended."""
+    return {"stop_reason": REASONS[done.reason] if done.stop is None else "stop_sequence", "stop_sequence": done.stop}
 
 
 def _input(arguments: str) -> Any:
@@ -324,6 +329,5 @@ async def _lines(replies: Replies, reply: dict[str, Any], prompt_tokens: Callabl
                 case ToolCallDelta():
                     yield piece("input_json_delta", "partial_json", event.arguments)
                 case Done():
-                    delta = {"stop_reason": REASONS[event.reason], "stop_sequence": None}
-                    yield line("message_delta", delta=delta, usage=_usage(event.usage))
+                    yield line("message_delta", delta=_end(event), usage=_usage(event.usage))
     yield line("message_stop")

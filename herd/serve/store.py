@@ -40,6 +40,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(os.open(folder / DATABASE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # for its owner, also in an open folder
             # the routes of an app may be run by any one thread, so sqlite3 need not insist on the one that opened it
             self.db = sqlite3.connect(folder / DATABASE, isolation_level=None, check_same_thread=False)
             self.db.row_factory = sqlite3.Row
@@ -60,7 +61,8 @@ class Store:
         try:
             yield
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.in_transaction:  # a disk that is full has ended it
+                self.db.execute("ROLLBACK")
             raise
         self.db.execute("COMMIT")
 

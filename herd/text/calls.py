@@ -43,17 +43,20 @@ class CallReader:
         *,
         parallel: bool = True,
         trusted: Iterable[str] = (),
+        required: bool = False,
         new_id: Callable[[], str] = new_call_id,
     ) -> None:
         """parallel: whether a reply may have several calls; if not, `stopped` after the first.
 
         trusted: forms ("pythonic", "json", "tags") whose calls are sure to be whole once they have opened.
+        required: the reply is calls and nothing else, so that what its end cuts off before it has opened is no text either.
         """
         self.num_calls = 0  # that are whole
         self.stopped = False  # nothing more is read
         self._names = {name.replace("-", "_"): name for name in names}  # a name in Python has no "-"
         self._names.update({name: name for name in self._names.values()})
         self._parallel, self._trusted, self._new_id = parallel, frozenset(trusted), new_id
+        self._required = required
         self._out: list[ChatEvent] = []  # certain
         self._held: list[ChatEvent] = []  # of calls that are not yet sure
         self._text = ""  # certain, not yet an event
@@ -81,11 +84,13 @@ class CallReader:
                 self._accept()
             elif self._is_live and self._is_open:
                 self.stopped = True  # cut in the middle of a call
+            elif self._required and not self._is_open:
+                self._end_attempt()
             else:
                 self._refuse(queue, at_end=True)
                 while queue:
                     self._read(queue.popleft(), queue)
-        if not self.num_calls and not self._num_started:
+        if not self.num_calls and not self._num_started and not self._required:
             self._text += self._gap
         self._gap = ""
         return self._events()

@@ -22,6 +22,7 @@ from herd.text.calls import KEYWORD
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANNOTATIONS = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated"}
 _PLAIN_OBJECT = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", *_ANNOTATIONS}
+MOST_CHARS = 16_384  # of a pattern or a choice: what is forced is looked through at every step, which takes 0.2 s for 100,000
 _SPACE = r"[ \t\r\n]*"
 _ws = r"/[ \n]?/"
 
@@ -53,6 +54,10 @@ def guarded(choice: ToolChoice, tool_format: str) -> frozenset[str]:
 
 def format_grammar(form: Format, name: str = "reply") -> dict[str, Any]:
     """One format as a grammar of llguidance's. Raises `UsageError` for a grammar that is broken on its face."""
+    long = next((text for text in _texts(form) if len(text) > MOST_CHARS), "")
+    if long:
+        text = f"the {form.kind} {long[:20]!r}... has {len(long):,} characters; {MOST_CHARS:,} is the limit"
+        raise UsageError(text, "make it shorter", param="response_format")
     match form.kind:
         case "json_object":
             return {"name": name, "json_schema": {"type": "object", "x-guidance": _COMPACT}}
@@ -66,6 +71,10 @@ def format_grammar(form: Format, name: str = "reply") -> dict[str, Any]:
             return {"name": name, "lark_grammar": _from_gbnf(form.value)}
         case _:
             return {"name": name, "lark_grammar": form.value}
+
+
+def _texts(form: Format) -> tuple[str, ...]:
+    return (form.value,) if form.kind == "regex" else form.value if form.kind == "choice" else ()
 
 
 def refused(message: str, param: str) -> UsageError:

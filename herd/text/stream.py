@@ -15,6 +15,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         assert all(stop), "an empty stop string is found everywhere"
         self.stopped = False
+        self.stop: str | None = None  # the stop string that is complete
         self.tokenizer = tokenizer
         self._stop = tuple(stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -36,8 +37,9 @@ class Detokenizer:
         text = self._held + new
         found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            end, start = min(found)
+            self.stopped, self.stop, self._held = True, text[start:end], ""
+            return text[:start]
         cut = len(text) - self._pending(text)
         self._held = text[cut:]
         return text[:cut]

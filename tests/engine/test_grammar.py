@@ -156,6 +156,16 @@ def test_a_call_that_is_cut_off_ends_by_length(tiny: Model) -> None:
     assert not any(isinstance(event, ToolCallEnd) for event in events)
 
 
+@pytest.mark.parametrize("form", ["pythonic", "json"])
+def test_a_stop_string_inside_a_required_call_leaves_no_piece_of_its_mark(tiny: Model, form: str) -> None:
+    stop = {"pythonic": "_weather", "json": "name"}[form]
+    sampling = {"max_tokens": 99, "stop": (stop,)}
+    model = make_engine(tiny, tool_format=form)
+    _, fold = say(model, "x", TOOLS, choice=ToolChoice(mode="required", names=("get_weather",)), **sampling)
+    assert fold.done and (fold.done.reason, fold.done.stop) == ("stop", stop)
+    assert not fold.message.content and not fold.message.tool_calls
+
+
 def test_choice_none_and_names(tiny: Model) -> None:
     for choice in (ToolChoice(mode="none"), ToolChoice(names=("get_weather",))):
         _, fold = say(make_engine(tiny), "[get-now()]", TOOLS, choice)
@@ -277,6 +287,12 @@ def test_broken_grammars_are_refused(tiny: Model, form: Format) -> None:
     with pytest.raises(UsageError) as caught:
         tiny.generate("x", format=form)
     assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize("form", [Format(kind="regex", value="a" * 100_000), Format(kind="choice", value=("b", "a" * 100_000))])
+def test_what_is_long_is_refused_at_once(tiny: Model, form: Format) -> None:
+    with pytest.raises(UsageError, match="has 100,000 characters; 16,384 is the limit"):
+        tiny.generate("x", format=form)
 
 
 def test_a_grammar_that_the_vocabulary_cannot_write_ends_its_reply_only(tiny: Model) -> None:

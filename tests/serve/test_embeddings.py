@@ -12,6 +12,7 @@ import torch
 from openai.types import embedding_create_params as openai_params
 
 from herd.engine.local import Local, Model
+from herd.serve.config import ServeConfig
 from herd.serve.embeddings import EmbeddingBody
 from tests.engine.greedy import packed_mean
 from tests.engine.test_engine import plain_prompt
@@ -98,6 +99,15 @@ def test_mistakes(engine: Live, fields: dict[str, object], param: str, message: 
     assert reply.status_code == (404 if param == "model" else 400), reply.text
     assert error["param"] == param and message in error["message"]
     assert engine.http.post("/v1/embeddings", json={"model": "tiny", "input": "x"}).status_code == 200
+
+
+def test_tokens_count_against_the_limit(tiny: Model) -> None:
+    with live(Local([tiny]), ServeConfig(port=0, tokens_per_minute=1000, drain_s=1)) as running:
+        body = {"model": "tiny", "input": [[1] * 300, [2] * 300]}
+        told = running.http.post("/v1/embeddings", json=body).headers
+        assert int(told["x-ratelimit-remaining-tokens"]) in range(400, 450)
+        reply = running.http.post("/v1/embeddings", json=body)
+        assert reply.status_code == 429 and reply.json()["error"]["code"] == "rate_limit_exceeded"
 
 
 def test_a_backend_without_vectors_has_no_such_route(served: Live) -> None:

@@ -100,6 +100,10 @@ def test_pages_that_are_let_in(serve):
     assert served.http.options("/v1/chat/completions", headers={"origin": "https://evil.example", **ask}).status_code == 400
     refused = served.http.get("/v1/models", headers={"origin": "https://mine.example"})  # a page must be able to read why
     assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://mine.example"
+    for origin, status in (("https://mine.example", 200), ("https://evil.example", 403)):
+        headers = {"origin": origin, "authorization": "Bearer a key of mine"}
+        reply = served.http.post("/v1/files", files={"file": ("a", b"x")}, data={"purpose": "batch"}, headers=headers)
+        assert reply.status_code == status
 
 
 def test_control_characters_reach_no_terminal(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,7 @@ import anthropic
 import pytest
 from anthropic.types import message_count_tokens_params, message_create_params
 
-from herd.chat import Message, Text, Tool, ToolCall, ToolChoice
+from herd.chat import Done, Message, Text, Tool, ToolCall, ToolChoice, Usage
 from herd.engine.local import Local, Model
 from herd.errors import HerdError
 from herd.serve.messages import CountBody, MessagesBody
@@ -55,6 +55,17 @@ def test_whole_and_streamed(client: anthropic.Anthropic, echo: Echo):
         assert "".join(stream.text_stream) == "one two"
         final = stream.get_final_message()
     assert (final.content[0].text, final.stop_reason, final.usage.input_tokens) == ("one two", "max_tokens", 3)
+
+
+def test_a_stop_string_is_told(serve):
+    done = Done(reason="stop", stop="END", usage=Usage(prompt_tokens=3, completion_tokens=2))
+    with client_of(serve(Script([Text(text="one"), done]))) as client:
+        asked = {"model": "echo", "max_tokens": 9, "messages": HELLO, "stop_sequences": ["END"]}
+        whole = client.messages.create(**asked)
+        with client.messages.stream(**asked) as stream:
+            streamed = stream.get_final_message()
+    for reply in (whole, streamed):
+        assert (reply.stop_reason, reply.stop_sequence, reply.content[0].text) == ("stop_sequence", "END", "one")
 
 
 def test_calls(serve):

@@ -1,5 +1,6 @@
 """The folder of a server: what is written stays, and no two servers share it."""
 
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,21 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
 
 def test_owners_differ_where_their_words_do() -> None:
     assert len({owner(()), owner(("a",)), owner(("a", "b")), owner(("ab",)), owner(('a", "b',))}) == 5
+
+
+def test_nobody_else_reads_it(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    store = Store(tmp_path, TABLES)
+    store.db.execute("INSERT INTO notes VALUES ('a', 'x')")
+    files = list(tmp_path.iterdir())
+    assert len(files) == 4 and all(file.stat().st_mode & 0o077 == 0 for file in files)
+    store.close()
+
+
+def test_a_full_disk_is_told_and_not_the_end_of_what_it_ended(tmp_path: Path) -> None:
+    store = Store(tmp_path, TABLES)
+    store.db.execute("PRAGMA max_page_count = 3")
+    with pytest.raises(sqlite3.OperationalError, match="full"), store.together():
+        store.db.execute("INSERT INTO notes VALUES ('a', ?)", ("x" * 100_000,))
+    store.db.execute("INSERT INTO notes VALUES ('a', 'x')")
+    store.close()

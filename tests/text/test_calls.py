@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import keyword
 
 import pytest
 from hypothesis import example, given, settings
@@ -36,7 +37,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-KEYS = st.from_regex(r"[a-z_][a-z0-9_]{0,5}", fullmatch=True)
+KEYS = st.from_regex(r"[a-z_][a-z0-9_]{0,5}", fullmatch=True).filter(lambda key: not keyword.iskeyword(key))  # Python is asked
 ARGUMENTS = st.dictionaries(KEYS, VALUES, max_size=4)
 CALLS = st.lists(st.tuples(st.sampled_from(["get_weather", "add"]), ARGUMENTS), min_size=1, max_size=3)
 PLAIN = st.text("ab[]{}<>()=,:;\"'\\ \n", max_size=12) | st.sampled_from(["see: ", "[1, 2]", "[x](y)", '{"a": 1}', "<b>", "[add", "[add("])
@@ -235,3 +236,11 @@ def test_text_is_not_kept_waiting(text: str) -> None:
     reader = CallReader(NAMES)
     out = "".join(event.text for event in reader.push(text + "." * 300) if isinstance(event, Text))
     assert out.endswith("." * 44)
+
+
+def test_the_beginning_of_a_required_call_is_no_text() -> None:
+    for piece in ("<tool_c", "<tool_call>", '<tool_call>[{"na', "[", " ", "[get_wea"):
+        assert events([piece], ALL, required=True) == []
+        assert events([piece], ALL) == [Text(text=piece)]
+    opened = events(["[add(", 'a="x'], ALL, required=True)
+    assert opened == events(["[add(", 'a="x'], ALL) != []

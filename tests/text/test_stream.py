@@ -30,6 +30,13 @@ def folded(text: str, stops: list[str]) -> str:
     return text
 
 
+def test_the_stop_string_that_ended_it_is_told():
+    for stops, want in ((["b", "ab"], "ab"), (["c", "abc", "d"], "abc"), (["x"], None)):
+        detokenizer = Detokenizer(Chunks([b"za", b"bcd"]), stops)
+        detokenizer.push(0), detokenizer.push(1)
+        assert detokenizer.stop == want
+
+
 def run(chunks: list[bytes], stops: list[str]) -> tuple[str, bool, list[str]]:
     detokenizer = Detokenizer(Chunks(chunks), stops)
     pieces = [detokenizer.push(i) for i in range(len(chunks))] + [detokenizer.finish()]

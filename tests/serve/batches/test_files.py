@@ -1,7 +1,9 @@
 """/v1/files with OpenAI's client, and with what no client sends."""
 
+import errno
 import io
 import os
+import sqlite3
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,3 +194,17 @@ def test_what_a_crash_left_is_swept_away(folder: Path) -> None:
     with live(Echo(), config) as running, client_of(running) as client:
         assert [path.name for path in (folder / "files").iterdir()] == [kept.id]
         assert client.files.content(kept.id).content == b"x"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), sqlite3.OperationalError("disk I/O error")])
+def test_a_disk_that_is_full_is_told(running: Live, monkeypatch: pytest.MonkeyPatch, folder: Path, error: Exception) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    before = set((folder / "files").iterdir())
+    monkeypatch.setattr("herd.serve.batches.files._keep" if isinstance(error, OSError) else "herd.serve.batches.files.Files.add", full)
+    reply = post(running)
+    assert reply.status_code == 503 and "disk is full or fails" in reply.json()["error"]["message"]
+    monkeypatch.undo()
+    assert set((folder / "files").iterdir()) == before
+    assert post(running).status_code == 200
