@@ -14,17 +14,18 @@ from asyncio import to_thread
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from sqlite3 import Row
-from typing import Annotated, Any, BinaryIO, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, check_origin
 from herd.serve.errors import RequestError
+from herd.serve.lists import OrderedPage, Page, list_object, read_query
 from herd.serve.store import Store, owner
 from herd.serve.wire import Wire, new_id, shown_value, usage_error
 
@@ -52,30 +53,9 @@ class FileForm(Wire):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"expires_after[anchor]": (), "expires_after[seconds]": ()}
 
 
-class Page(Wire):
-    """The query of a list."""
-
-    model_config = ConfigDict(strict=False)  # numbers come as text
-
-    after: str | None = None  # an id: the list goes on behind it
-    limit: Annotated[int, Field(ge=1, le=100)] = 20
-
-
-class FilePage(Page):
+class FilePage(OrderedPage):
     limit: Annotated[int, Field(ge=1, le=10_000)] = 10_000
-    order: Literal["asc", "desc"] = "desc"
     purpose: str | None = None
-
-
-AnyPage = TypeVar("AnyPage", bound=Page)
-
-
-def read_page(request: Request, form: type[AnyPage]) -> AnyPage:
-    """The query. Raises `UsageError`."""
-    try:
-        return form.model_validate(dict(request.query_params))
-    except ValidationError as error:
-        raise usage_error(error) from None
 
 
 class Files:
@@ -230,13 +210,6 @@ def listed(store: Store, table: str, who: tuple[str, ...], page: Page, where: st
     return store.db.execute(query, (owner(who), *values, page.limit + 1)).fetchall()
 
 
-def list_object(objects: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """A page as OpenAI tells it. objects: those of the page, and one more where there is one."""
-    has_more, objects = len(objects) > limit, objects[:limit]
-    ends = {"first_id": objects[0]["id"], "last_id": objects[-1]["id"]} if objects else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": objects, **ends, "has_more": has_more}
-
-
 def add_files(app: FastAPI, files: Files) -> None:
     """The routes."""
 
@@ -246,7 +219,7 @@ def add_files(app: FastAPI, files: Files) -> None:
 
     @app.get("/v1/files")
     async def list_files(request: Request) -> dict[str, Any]:
-        page = read_page(request, FilePage)
+        page = read_query(request, FilePage)
         where, values = (" AND purpose = ?", (page.purpose,)) if page.purpose is not None else ("", ())
         rows = listed(files.store, "files", caller(request), page, where, values)
         return list_object([file_object(row) for row in rows], page.limit)

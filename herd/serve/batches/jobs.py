@@ -26,11 +26,12 @@ from pydantic import Field
 
 from herd.errors import UsageError
 from herd.log import log
-from herd.serve.batches.files import UNFINISHED, Files, Page, list_object, listed, read_page
+from herd.serve.batches.files import UNFINISHED, Files, listed
 from herd.serve.batches.lines import Line, Results, Scan, read_line, scan
 from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, check_origin, read_body
 from herd.serve.errors import RequestError, error_object, shown
+from herd.serve.lists import Page, list_object, read_query
 from herd.serve.store import owner
 from herd.serve.wire import Wire, new_id, shown_value
 
@@ -318,7 +319,7 @@ def add_batches(app: FastAPI, batches: Batches, config: ServeConfig) -> None:
 
     @app.get("/v1/batches")
     async def list_batches(request: Request) -> dict[str, Any]:
-        page = read_page(request, Page)
+        page = read_query(request, Page)
         rows = listed(batches.store, "batches", caller(request), page)
         return list_object([batches.told(row) for row in rows], page.limit)
 

@@ -5,21 +5,23 @@ event is sent, so that who has it can continue at once. A response that fails, o
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Annotated, Any, ClassVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BeforeValidator
 
 from herd.chat import Backend, ChatEvent, ChatRequest
-from herd.errors import UsageError, nearest
+from herd.errors import UsageError
 from herd.serve.api import check_model
 from herd.serve.choices import Told, side_by_side
 from herd.serve.config import ServeConfig
 from herd.serve.connection import caller, is_background, meter, read_body, while_connected
 from herd.serve.fetch import fetched
+from herd.serve.lists import OrderedPage, Query, list_object, read_query
 from herd.serve.metrics import Metrics
 from herd.serve.responses.events import Answer, Event, line
 from herd.serve.responses.request import chat_request, given_items, head, in_words_of_responses, with_pictures
@@ -29,7 +31,22 @@ from herd.serve.sse import EventStream
 from herd.serve.store import Store, owner
 from herd.serve.wire import new_id, shown_value
 
-MOST_ITEMS, USUAL_ITEMS = 100, 20  # of one page of input items
+Included = Annotated[list[Includable] | None, BeforeValidator(lambda given: [given] if isinstance(given, str) else given)]
+
+
+class FindQuery(Query):
+    """Of GET /v1/responses/{id}. Only responses that are made in the background could be streamed again, and herd makes none."""
+
+    include: Included = None
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"stream": ("false",), "starting_after": ()}
+    ignored = frozenset({"include_obfuscation"})
+
+
+class ItemPage(OrderedPage):
+    """Of the items that a response was made from."""
+
+    include: Included = None
 
 
 def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: Metrics, store: Store) -> None:
@@ -66,10 +83,7 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
 
     @app.get("/v1/responses/{response_id}")
     async def find(request: Request, response_id: str) -> dict[str, Any]:
-        query = _query(request, "include", "include_obfuscation", "stream", "starting_after")
-        if query.get("stream", "false") != "false" or "starting_after" in query:
-            text = "only responses that are made in the background can be streamed again, and herd makes none"
-            raise UsageError(text, "leave stream and starting_after out", param="stream")
+        read_query(request, FindQuery)
         return kept.find(owner(caller(request)), response_id)
 
     @app.delete("/v1/responses/{response_id}")
@@ -85,8 +99,8 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
 
     @app.get("/v1/responses/{response_id}/input_items")
     async def input_items(request: Request, response_id: str) -> dict[str, Any]:
-        query = _query(request, "after", "include", "limit", "order")
-        return _page(kept.inputs(owner(caller(request)), response_id), query)
+        page = read_query(request, ItemPage)
+        return _page(kept.inputs(owner(caller(request)), response_id), page)
 
 
 def _is_stored(body: ResponsesBody, kept: Responses) -> bool:
@@ -119,34 +133,12 @@ async def _last(events: AsyncGenerator[Event, None]) -> dict[str, Any]:
     return response
 
 
-def _query(request: Request, *known: str) -> dict[str, str]:
-    """The fields after the question mark. Raises `UsageError` for an unknown one."""
-    query = {name.removesuffix("[]"): value for name, value in request.query_params.items()}
-    for name in query:
-        if name not in known:
-            error = UsageError(f"{name} is an unknown field", nearest(name, known) or f"there are: {', '.join(known)}", param=name)
-            error.code = "unknown_parameter"
-            raise error
-    for value in request.query_params.getlist("include") + request.query_params.getlist("include[]"):
-        if value not in get_args(Includable):
-            hint = nearest(value, get_args(Includable)) or f"there are: {', '.join(get_args(Includable))}"
-            raise UsageError(f"include is {shown_value(value)}, which is nothing that can be included", hint, param="include")
-    return query
-
-
-def _page(items: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
-    """A page of a list of items, the newest first unless order says otherwise."""
-    limit, order = query.get("limit", str(USUAL_ITEMS)), query.get("order", "desc")
-    if not limit.isdecimal() or not 1 <= int(limit) <= MOST_ITEMS:
-        raise UsageError(f"limit is {shown_value(limit)}; it must be between 1 and {MOST_ITEMS}", "give one in that range", param="limit")
-    if order not in ("asc", "desc"):
-        raise UsageError(f"order is {shown_value(order)}; it must be asc or desc", nearest(order, ("asc", "desc")), param="order")
-    ordered = items if order == "asc" else items[::-1]
-    if "after" in query:
-        places = [place for place, item in enumerate(ordered) if item["id"] == query["after"]]
+def _page(items: list[dict[str, Any]], page: ItemPage) -> dict[str, Any]:
+    """A page of a list that is at hand as a whole, the oldest first."""
+    ordered = items if page.order == "asc" else items[::-1]
+    if page.after is not None:
+        places = [place for place, item in enumerate(ordered) if item["id"] == page.after]
         if not places:
-            raise UsageError(f"after is {shown_value(query['after'])}, which is none of the items", "give the id of one", param="after")
+            raise UsageError(f"after is {shown_value(page.after)}, which is none of the items", "give the id of one", param="after")
         ordered = ordered[places[0] + 1 :]
-    page = ordered[: int(limit)]
-    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": page, "has_more": len(page) < len(ordered), **ends}
+    return list_object(ordered, page.limit)

@@ -293,7 +293,8 @@ def test_input_items(served: Live, client: openai.OpenAI):
     for query, param in [("limit=0", "limit"), ("limit=x", "limit"), ("order=up", "order"), ("after=msg_x", "after"), ("page=2", "page")]:
         reply = served.http.get(f"/v1/responses/{second.id}/input_items?{query}")
         assert reply.status_code == 400 and reply.json()["error"]["param"] == param
-    for query, param in [("stream=true", "stream"), ("include=x", "include"), ("include[]=x", "include"), ("starting_after=2", "stream")]:
+    wrong = [("stream=true", "stream"), ("include=x", "include.0"), ("include[]=x", "include.0"), ("starting_after=2", "starting_after")]
+    for query, param in wrong:
         reply = served.http.get(f"/v1/responses/{second.id}?{query}")
         assert reply.status_code == 400 and reply.json()["error"]["param"] == param
 
