@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import signal
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,8 @@ from herd.engine.local import Model, load
 from herd.errors import ResourceError
 from herd.model.presets import TINY
 
+# in the background of a shell SIGINT is ignored, and would be in every process that a test starts and sends one
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models here are tiny: a second thread costs more than it brings, a hundred times more on a busy machine
 
 
