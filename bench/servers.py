@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,8 @@ def free_port() -> int:
 
 
 async def stream(port: int, body: dict[str, Any], leave_after: int | None = None) -> Reply:
-    """POST a chat completion and read its events. By hand, since the client runs on the cores that the servers are measured on.
+    """POST a chat completion and read its events. By hand, and looked into only when all have come, since the client runs on the cores that
+    the servers are measured on.
 
     leave_after: pieces of text after which the reader is gone; None: it stays to the end.
     """
@@ -121,26 +124,46 @@ async def stream(port: int, body: dict[str, Any], leave_after: int | None = None
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(sent)}\r\n\r\n"
     writer.write(head.encode() + sent)
+    pieces: list[tuple[float, bytes]] = []
+    num_texts, tail = 0, b""
     try:
         status = await reader.readline()
         assert b" 200 " in status, status + await reader.read(1000)
         while (await reader.readline()).strip():  # headers
             pass
-        rest = b""
-        while (leave_after is None or len(reply.pieces_s) < leave_after) and (size := int(await reader.readline(), 16)):  # a body in chunks
-            rest += (await reader.readexactly(size + 2))[:-2]
-            now = time.perf_counter()
-            *events, rest = rest.split(b"\n\n")
-            for event in events:
-                if not event.startswith(b"data: {"):
-                    continue
-                item = json.loads(event[6:])
-                assert "error" not in item, item
-                text = item["choices"][0]["delta"].get("content") if item["choices"] else None
-                if text:
-                    reply.pieces_s.append(now)
-                    reply.texts.append(text)
-                reply.usage.update(item.get("usage") or {})
+        while leave_after is None or num_texts < leave_after:
+            piece = await reader.read(1 << 16)
+            assert piece, "the server hung up in mid-reply"
+            pieces.append((time.perf_counter(), piece))
+            num_texts += piece.count(b'"content":"') - piece.count(b'"content":""')
+            tail = (tail + piece)[-7:]
+            if tail == b"\r\n0\r\n\r\n":  # the last of the chunks in which the body comes
+                break
     finally:
         writer.close()
+    for moment, event in _events(pieces):
+        if not event.startswith(b"data: {"):
+            continue
+        item = json.loads(event[6:])
+        assert "error" not in item, item
+        text = item["choices"][0]["delta"].get("content") if item["choices"] else None
+        if text:
+            reply.pieces_s.append(moment)
+            reply.texts.append(text)
+        reply.usage.update(item.get("usage") or {})
     return reply
+
+
+def _events(pieces: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """The whole events of a body in chunks, each with the moment at which its last byte came. pieces: of the body, as they came."""
+    raw = b"".join(piece for _, piece in pieces)
+    arrivals = ((end, moment) for end, (moment, _) in zip(accumulate(len(piece) for _, piece in pieces), pieces, strict=True))
+    end, moment = next(arrivals)
+    at, rest = 0, b""
+    while (begin := raw.find(b"\r\n", at) + 2) > 1 and (size := int(raw[at : begin - 2], 16)) and begin + size <= len(raw):
+        at = begin + size + 2
+        while end < at - 2:
+            end, moment = next(arrivals)
+        *events, rest = (rest + raw[begin : begin + size]).split(b"\n\n")
+        for event in events:
+            yield moment, event

@@ -8,6 +8,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from herd.chat import Sampling
+from herd.cli.terminal.clean import clean
 from herd.engine.config import EngineConfig
 from herd.engine.local import load
 from herd.engine.trace import TraceFile
@@ -34,7 +35,8 @@ def run(options: Options) -> int:
     if prompt == "-":
         prompt = sys.stdin.read()
     model = load(name, config=options.engine, trace=TraceFile(options.trace) if options.trace else None)
+    shown = clean if sys.stdout.isatty() else str  # a file gets what the model wrote
     for piece in model.generate(prompt, sampling=options.sampling):
-        print(piece, end="", flush=True)
+        print(shown(piece), end="", flush=True)
     print()
     return 0

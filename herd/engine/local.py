@@ -278,7 +278,7 @@ class Local:
         """Room for a prompt and its reply together; None where the model has not been loaded yet."""
         return self._model(model).context_tokens
 
-    async def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+    def chat(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """Stream one reply, after its model has been loaded where it is not; closing the generator frees its sequence."""
         model, tools, choice = self._model(request.model), request.tools, request.tool_choice
 
@@ -290,11 +290,9 @@ class Local:
             )
 
         has_images = any(isinstance(part, Image) for message in request.messages for part in message.content)
-        async with aclosing(self._replied(model, made, has_images=has_images)) as events:
-            async for event in events:
-                yield event
+        return self._replied(model, made, has_images=has_images)
 
-    async def complete(self, request: TextRequest) -> AsyncGenerator[ChatEvent, None]:
+    def complete(self, request: TextRequest) -> AsyncGenerator[ChatEvent, None]:
         """Stream one continuation of a text, as `chat` does."""
         model = self._model(request.model)
 
@@ -302,9 +300,7 @@ class Local:
             prompt = model.plain_prompt(request.prompt, begin=request.begin)
             return engine.sequence(prompt, request.sampling, emit, _salt(request.cache_salt), background=request.background)
 
-        async with aclosing(self._replied(model, made)) as events:
-            async for event in events:
-                yield event
+        return self._replied(model, made)
 
     async def embed(self, request: TextRequest) -> Embedding:
         """A text as a vector, computed among the replies that are under way."""

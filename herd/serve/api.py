@@ -14,7 +14,7 @@ from herd.chat import Backend, TextBackend
 from herd.errors import ModelNotFound, nearest
 from herd.serve.choices import Told, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, is_background, meter, read_body, while_connected
+from herd.serve.connection import caller, is_background, meter, read_body, reply_to
 from herd.serve.fetch import fetched
 from herd.serve.metrics import Metrics
 from herd.serve.replies import FINGERPRINT, chunks, completion
@@ -58,8 +58,8 @@ def add_openai_routes(app: FastAPI, backend: Backend, config: ServeConfig, metri
         if body.stream:
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
             lines = chunks(replies, reply, told, count=count, with_usage=with_usage, with_timings=with_timings)
-            return EventStream(lines, config.ping_s)
-        folds = await while_connected(request.receive, folded(replies, count))
+            return EventStream(lines, config)
+        folds = await reply_to(request, folded(replies, count))
         return JSONResponse(completion(reply, folds, told, with_timings=with_timings))
 
 

@@ -17,7 +17,7 @@ from herd.chat import MOST_TOP_LOGPROBS, Done, Drawn, Fold, Text, TextBackend, T
 from herd.serve.api import check_model
 from herd.serve.choices import Replies, Told, at_least, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, is_background, meter, read_body, while_connected
+from herd.serve.connection import caller, is_background, meter, read_body, reply_to
 from herd.serve.metrics import Metrics
 from herd.serve.replies import FINGERPRINT
 from herd.serve.request import cache_salt, nth, sampling
@@ -90,8 +90,8 @@ def add_completions(app: FastAPI, backend: TextBackend, config: ServeConfig, met
         reply = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": body.model}
         reply["system_fingerprint"] = FINGERPRINT
         if body.stream:
-            return EventStream(_chunks(replies, reply, told, body, said), config.ping_s)
-        folds = await while_connected(request.receive, folded(replies, len(asked)))
+            return EventStream(_chunks(replies, reply, told, body, said), config)
+        folds = await reply_to(request, folded(replies, len(asked)))
         choices = [_choice(index, fold, said[index]) for index, fold in enumerate(folds)]
         timings = {"timings": told.timings(len(body.prompt))} if body.timings else {}
         return JSONResponse({**reply, "choices": choices, "usage": told.usage(len(body.prompt)), **timings})

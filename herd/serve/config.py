@@ -32,6 +32,7 @@ class ServeConfig:
     max_requests: int = 512  # under way at once, those that wait in the queue included; more get 503 and Retry-After
     requests_per_minute: int = 0  # of each key that has no limit of its own, or of all callers where no keys are asked for; 0: no limit
     tokens_per_minute: int = 0  # the same, of tokens that are read and written; what was computed before is free
+    reply_s: float = 14_400.0  # seconds that a reply may take, the wait for its turn included; in batches it may take longer
     ping_s: float = 15.0  # seconds of silence after which a stream gets a comment, so that no proxy hangs up
     stuck_s: float = 300.0  # seconds that a step may last before /health fails and those who wait for it are told
     drain_s: int = 10  # seconds that replies under way get to end when the server stops
@@ -43,7 +44,7 @@ class ServeConfig:
             text = f"responses_gib is {self.responses_gib}; it must not be below 0"
             raise UsageError(text, "give a larger responses_gib", param="responses_gib")
         positive = ("responses_days", "max_body_bytes", "max_file_bytes", "max_stored_bytes", "max_batch_lines", "batch_width", "body_s")
-        for name in (*positive, "image_url_bytes", "image_url_s", "max_requests", "ping_s", "stuck_s", "drain_s"):
+        for name in (*positive, "image_url_bytes", "image_url_s", "max_requests", "reply_s", "ping_s", "stuck_s", "drain_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0", f"give a larger {name}", param=name)
         for name in ("requests_per_minute", "tokens_per_minute"):

@@ -21,7 +21,7 @@ from herd.errors import ResourceError
 from herd.log import log
 from herd.serve.access.limits import Meter
 from herd.serve.access.room import Room
-from herd.serve.errors import RequestError, error_reply, shown
+from herd.serve.errors import ReplyTooLate, RequestError, error_reply, shown
 from herd.serve.metrics import Metrics
 from herd.serve.wire import usage_error
 
@@ -136,18 +136,26 @@ async def read_body(request: Request, form: type[Form], max_bytes: int) -> Form:
     return found
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work` in one task of its own; when the client goes away or the server stops, cancel it and wait until it has cleaned up.
+async def reply_to(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await a reply that is not streamed. Raises as `while_connected` does."""
+    return await while_connected(request.receive, work, None if is_background(request) else request.app.state.config.reply_s)
 
-    Raises `ClientDisconnect`, or `ResourceError` when the server stops. The task is cancelled once, as plain asyncio does it; a scope of
-    anyio would go on to cancel every await of the clean-up too.
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], limit_s: float | None = None) -> T:
+    """Await `work` in one task of its own; when the client goes away, the server stops or `limit_s` seconds are over, cancel it and wait
+    until it has cleaned up.
+
+    Raises `ClientDisconnect`, `ReplyTooLate`, or `ResourceError` when the server stops. The task is cancelled once, as plain asyncio does
+    it; a scope of anyio would go on to cancel every await of the clean-up too.
     """
     task, watch = asyncio.create_task(work), asyncio.create_task(_disconnected(receive))
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        await asyncio.wait((task, watch), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if watch.done():
             raise ClientDisconnect
-        return task.result()
+        raise ReplyTooLate(f"the reply took longer than {limit_s:g} s, the limit", "ask for less, or raise --reply-s")
     except asyncio.CancelledError:
         raise ResourceError("the server is stopping", "send the request again") from None
     finally:

@@ -22,7 +22,7 @@ from herd.serve.access.limits import Meter
 from herd.serve.api import check_model
 from herd.serve.completions import texts_or_tokens
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, is_background, meter, read_body, while_connected
+from herd.serve.connection import caller, is_background, meter, read_body, reply_to
 from herd.serve.wire import Wire, problem
 
 MOST_INPUTS = 2048  # of one request, OpenAI's limit
@@ -57,7 +57,7 @@ def add_embeddings(app: FastAPI, backend: EmbeddingBackend, config: ServeConfig)
         texts = [text if isinstance(text, str) else tuple(text) for text in body.input]
         background = is_background(request)
         asked = [TextRequest(model=body.model, prompt=text, cache_salt=caller(request), background=background) for text in texts]
-        found = await while_connected(request.receive, _embedded(backend, asked, body.dimensions, meter(request)))
+        found = await reply_to(request, _embedded(backend, asked, body.dimensions, meter(request)))
         data = [
             {"object": "embedding", "index": index, "embedding": _written(one.vector, body.encoding_format)}
             for index, one in enumerate(found)

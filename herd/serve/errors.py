@@ -19,6 +19,13 @@ class RequestError(UsageError):
         self.http_status = http_status
 
 
+class ReplyTooLate(ResourceError):
+    """A reply that was not done in its time. The same request would take as long again, so clients are told not to send it."""
+
+    http_status = 504
+    code = "timeout"
+
+
 def shown(error: Exception, request_id: str) -> HerdError:
     """What a client is told of a failure. What is the server's fault is logged, with the traceback where nobody foresaw it."""
     if not isinstance(error, HerdError):
@@ -49,10 +56,12 @@ def error_object(error: HerdError, path: str = "") -> dict[str, Any]:
 
 _ANTHROPIC = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -64,6 +73,8 @@ def error_reply(error: HerdError, path: str = "") -> JSONResponse:
 def retry_headers(error: HerdError) -> dict[str, str]:
     """When to ask again: HTTP's header in whole seconds, and the one that OpenAI's and Anthropic's clients read before it."""
     seconds = error.retry_after_s
+    if isinstance(error, ReplyTooLate):
+        return {"x-should-retry": "false"}
     if seconds is None:
         return {}
     return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000)), "x-should-retry": "true"}

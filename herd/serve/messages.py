@@ -33,7 +33,7 @@ from herd.chat import (
 from herd.serve.api import check_model
 from herd.serve.choices import Replies, Told, folded, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, meter, read_body, while_connected
+from herd.serve.connection import caller, meter, read_body, reply_to
 from herd.serve.fetch import fetched
 from herd.serve.metrics import Metrics
 from herd.serve.request import NONE, Images, read_data_uri
@@ -242,8 +242,8 @@ def add_messages(app: FastAPI, backend: Backend, config: ServeConfig, metrics: M
         replies = told.read(side_by_side([backend.chat(asked)]))
         reply = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": body.model, "stop_sequence": None}
         if body.stream:
-            return EventStream(_lines(replies, reply, lambda: _prompt_tokens(backend, asked)), config.ping_s)
-        [fold] = await while_connected(request.receive, folded(replies, 1))
+            return EventStream(_lines(replies, reply, lambda: _prompt_tokens(backend, asked)), config)
+        [fold] = await reply_to(request, folded(replies, 1))
         return JSONResponse({**reply, **_whole(fold)})
 
     if isinstance(backend, TextBackend):

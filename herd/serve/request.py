@@ -166,5 +166,5 @@ def read_data_uri(uri: str, param: str, images: Images = NONE) -> Image:
         return from_data_uri(uri)
     except PromptError as error:
         hint = "send the image inside the request, as a data: URI such as data:image/png;base64,iVBOR..."
-        hint += ", or start the server with --image-urls" if "://" in uri[:12] else ""
+        hint += ", or start the server with --image-urls" if uri[:8].lower().startswith(("http://", "https://")) else ""
         raise PromptError(error.message, hint, param=param) from error

@@ -6,16 +6,17 @@ is read. A failure after that is `data: {"error": {...}}`, on which OpenAI's cli
 """
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from herd.errors import HerdError
+from herd.serve.config import ServeConfig
 from herd.serve.connection import while_connected
 from herd.serve.errors import error_object, shown
 
@@ -26,20 +27,22 @@ DONE = b"data: [DONE]\n\n"
 def data(item: dict[str, Any], event: str = "") -> bytes:
     """One event, with a name where an API gives its events names."""
     name = f"event: {event}\n" if event else ""
-    return f"{name}data: {json.dumps(item, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return b"%bdata: %b\n\n" % (name.encode(), to_json(item))  # a fifth of json.dumps' time, at every token of every stream
 
 
 class EventStream(StreamingResponse):
-    """Writes lines as they come, and a ping after `ping_s` seconds of silence, until they end, fail, or the client goes away."""
+    """Writes lines as they come, and a ping after `ping_s` of silence, until they end, fail or take `reply_s`, or the client goes away."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncGenerator[bytes, None], ping_s: float, failure: Callable[[HerdError], bytes] | None = None) -> None:
+    def __init__(
+        self, lines: AsyncGenerator[bytes, None], config: ServeConfig, failure: Callable[[HerdError], bytes] | None = None
+    ) -> None:
         """failure: the lines that tell of one, where an API has its own."""
         # nginx would else collect a reply before passing it on
         super().__init__(lines, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         self.lines = lines
-        self.ping_s = ping_s
+        self.ping_s, self.limit_s = config.ping_s, config.reply_s
         self.failure = failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,7 +77,7 @@ class EventStream(StreamingResponse):
                 pinging.cancel()
 
         try:
-            await while_connected(receive, pump())
+            await while_connected(receive, pump(), self.limit_s)
         except ClientDisconnect:
             raise
         except Exception as error:

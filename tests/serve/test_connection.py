@@ -8,7 +8,9 @@ from starlette.requests import ClientDisconnect
 
 from herd.errors import ResourceError
 from herd.serve.choices import Told, side_by_side
+from herd.serve.config import ServeConfig
 from herd.serve.connection import while_connected
+from herd.serve.errors import ReplyTooLate
 from herd.serve.metrics import Metrics
 from herd.serve.replies import chunks
 from herd.serve.sse import EventStream
@@ -73,6 +75,16 @@ def test_client_goes_away():
     alone(run())
 
 
+def test_time_is_over():
+    async def run() -> None:
+        work = Work()
+        with pytest.raises(ReplyTooLate, match=r"longer than 0.05 s"):
+            await while_connected(stays, work.run(), 0.05)
+        assert work.is_clean
+
+    alone(run())
+
+
 def test_server_stops():
     async def run() -> None:
         work = Work()
@@ -103,7 +115,7 @@ def test_client_goes_away_while_a_line_is_written(count: int):
             await asyncio.sleep(60)
 
         with pytest.raises(ClientDisconnect):
-            await EventStream(lines(backends, with_usage=False), ping_s=15)({}, goes, stuck)
+            await EventStream(lines(backends, with_usage=False), ServeConfig())({}, goes, stuck)
         assert all(backend.closed.is_set() for backend in backends)
 
     alone(run())
@@ -116,7 +128,7 @@ def test_stream_leaves_nothing_behind():
         async def send(message: dict[str, object]) -> None:
             sent.append(message)
 
-        await EventStream(lines([Script(words("one"))], with_usage=True), ping_s=15)({}, stays, send)
+        await EventStream(lines([Script(words("one"))], with_usage=True), ServeConfig())({}, stays, send)
         assert [message["type"] for message in sent] == ["http.response.start"] + ["http.response.body"] * 6
         assert [message["more_body"] for message in sent[1:]] == [True] * 5 + [False]
 

@@ -269,6 +269,8 @@ def test_it_is_off_by_default(serve, inside: Site):
     error = reply.json()["error"]
     assert reply.status_code == 400 and error["param"] == "messages.0.content.0.image_url.url"
     assert "data: URI" in error["message"] and "--image-urls" in error["message"]
+    reply = served.chat([{"type": "image_url", "image_url": {"url": "ftp://example.com/a.png"}}])  # which that would not read either
+    assert reply.status_code == 400 and "--image-urls" not in reply.json()["error"]["message"]
     block: Any = {"type": "image", "source": {"type": "url", "url": url}}
     body = {"model": "echo", "max_tokens": 1, "messages": [{"role": "user", "content": [block]}]}
     assert served.http.post("/v1/messages", json=body).status_code == 400

@@ -1,6 +1,7 @@
 """What strangers try: slow connections, many of them, other people's web pages, odd bytes, and whether secrets get into the log."""
 
 import io
+import json
 import logging
 import resource
 import socket
@@ -15,7 +16,7 @@ from herd.errors import HerdError, ResourceError
 from herd.serve import protocol
 from herd.serve.config import ServeConfig
 from tests.serve.conftest import Live
-from tests.serve.echo import Echo, Script
+from tests.serve.echo import Echo, Script, words
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n"
 SECRET = "the prompt that nobody may read"
@@ -69,6 +70,30 @@ def test_a_body_that_does_not_come(serve):
         assert served.chat().status_code == 503  # it has the one place
         assert b"408 " in slow.recv(4096)
     assert served.chat().status_code == 200
+
+
+def test_a_reply_that_takes_too_long(serve):
+    script = Script([Text(text="half"), 60.0, *words("never")])
+    served = serve(script, ServeConfig(port=0, reply_s=0.3, drain_s=1))
+    reply = served.chat()
+    assert reply.status_code == 504 and reply.headers["x-should-retry"] == "false"
+    assert reply.json()["error"]["code"] == "timeout" and "0.3 s" in reply.json()["error"]["message"]
+    assert script.closed.wait(5)  # and its work has stopped
+    script.closed.clear()
+    lines = served.chat(stream=True).text.split("\n\n")
+    assert '"half"' in lines[1] and '"timeout"' in lines[-2] and lines[-1] == ""
+    assert script.closed.wait(5)
+    body = {"model": "echo", "max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}
+    assert served.http.post("/v1/messages", json=body).json()["error"]["type"] == "timeout_error"
+
+
+def test_bytes_that_are_no_request(served: Live):
+    with connected(served) as odd:
+        odd.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\nsp ace: 1\r\n\r\n")
+        read = b"".join(iter(lambda: odd.recv(4096), b""))  # and then it hangs up
+    head, _, body = read.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n") and b"content-type: application/json" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 def test_a_thousand_idle_connections(serve):

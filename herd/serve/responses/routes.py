@@ -19,7 +19,7 @@ from herd.errors import UsageError
 from herd.serve.api import check_model
 from herd.serve.choices import Told, side_by_side
 from herd.serve.config import ServeConfig
-from herd.serve.connection import caller, is_background, meter, read_body, while_connected
+from herd.serve.connection import caller, is_background, meter, read_body, reply_to
 from herd.serve.fetch import fetched
 from herd.serve.lists import OrderedPage, Query, list_object, read_query
 from herd.serve.metrics import Metrics
@@ -78,8 +78,8 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
         answer = Answer(response, finish)
         events = answer.events(told.read(side_by_side([_replies(backend, asked)])))
         if body.stream:
-            return EventStream(_lines(events), config.ping_s, answer.failure)
-        return JSONResponse(await while_connected(request.receive, _last(events)))
+            return EventStream(_lines(events), config, answer.failure)
+        return JSONResponse(await reply_to(request, _last(events)))
 
     @app.get("/v1/responses/{response_id}")
     async def find(request: Request, response_id: str) -> dict[str, Any]:

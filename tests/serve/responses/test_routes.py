@@ -425,7 +425,7 @@ def test_a_client_that_leaves_while_a_line_is_written():
 
         lines = _lines(answer.events(side_by_side([_replies(script, None)])))
         with pytest.raises(ClientDisconnect):
-            await EventStream(lines, 15, answer.failure)({}, goes, stuck)
+            await EventStream(lines, ServeConfig(), answer.failure)({}, goes, stuck)
         assert script.closed.is_set()
 
     alone(run())
