@@ -68,10 +68,9 @@ class Server:
             reply = connection.getresponse()
             return reply.status, reply.read()
 
-    def cpu_s(self, first_thread: bool = False) -> float:
-        """CPU seconds that the process has used so far; first_thread: those of its first thread, which in herd's is the event loop."""
-        pid = self._process.pid
-        words = Path(f"/proc/{pid}/task/{pid}/stat" if first_thread else f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    def cpu_s(self) -> float:
+        """CPU seconds that the process has used so far."""
+        words = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def resident_bytes(self) -> int:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """What does the server cost beside its engine, and does it bear many open streams whose readers come and go?
 
-usage: streams.py MODEL [--streams 16] [--rounds 5] [--threads 2] [--save]                     what the server costs
+usage: streams.py MODEL [--streams 16] [--rounds 40] [--threads 2] [--save]                     what the server costs
        streams.py MODEL --minutes 10 [--streams 64] [--leaving 0.3] [--threads 2] [--save]     many streams, some readers leave
 
-What it costs: the same chats, as many as --streams, run on the engine alone (in a process of its own, where tokens become text and nobody
-reads it) and through `herd serve` over HTTP, in turn. What counts are pieces of text per second while all of them decode: from the moment
-when the last has its first to the one when the first has its last. The client is a third process on the same cores; what it takes is told,
-and counts as the server's.
+What it costs: chats, as many as --streams, run on the engine alone, where tokens become text and nobody reads it, and through the server
+over HTTP, in turn and on one engine in one process: two of them differ by more than what is looked for, since memory is not equally fast
+everywhere. What counts are pieces of text per second while all of them decode: from the moment when the last has its first to the one when
+the first has its last. The client is another process on the same cores; what it takes is told, and counts as the server's.
 
 Many streams: so many readers at once, each asks again when its reply has ended. Of so large a share of replies the reader leaves after some
 pieces of text. In the end every other reply must have the tokens that were asked for, and a second later the engine must hold no sequence
@@ -37,11 +37,14 @@ from versus import HERE, Process, cpu
 
 from herd.chat import ChatEvent, Done, Message, Sampling, Text
 from herd.engine.config import EngineConfig
-from herd.engine.local import load
+from herd.engine.local import Local, Model, load
 from herd.errors import HerdError
 from herd.log import log, show_logs
+from herd.serve.app import Server as HttpServer
+from herd.serve.app import bind, make_app
+from herd.serve.config import ServeConfig
 
-TOKENS = 128  # of a reply where what the server costs is measured
+TOKENS = 96  # of a reply where what the server costs is measured
 WORDS = ("sea", "sky", "bread", "winter", "music", "stone", "garden", "letter", "train", "island", "colour", "sleep")
 
 
@@ -55,29 +58,45 @@ def together(replies: list[list[float]]) -> float:
     return sum(start < moment <= stop for moments in replies for moment in moments) / (stop - start)
 
 
-def engine_alone(model: str, threads: int, streams: int) -> None:
-    """The side without a server: a line `{"texts": [...]}` in, `{"tok_s": 700.0}` out."""
+def engine_and_server(model: str, threads: int, streams: int) -> None:
+    """The process that is measured: a server, and chats on its engine that bypass it. A line `{"texts": [...]}` asks for these, and every
+    line is answered by one: pieces per second, and the CPU seconds that the server's thread has taken so far.
+    """
     held = load(model, config=EngineConfig(threads=threads, draft_tokens=0, max_sequences=streams))
-    engine, thread = held.thread.engine, held.thread
-    print("{}", flush=True)
+    config = ServeConfig(port=0)
+    listener, ready = bind(config), threading.Event()
+    server = HttpServer(make_app(Local([held]), config), config, lambda _: ready.set())
+    serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    serving.start()
+    ready.wait()
+    assert serving.ident is not None
+    clock = time.pthread_getcpuclockid(serving.ident)
+    print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
     for line in sys.stdin:
-        texts = json.loads(line)["texts"]
-        moments: list[list[float]] = [[] for _ in texts]
-        is_over = [threading.Event() for _ in texts]
+        texts = json.loads(line).get("texts", [])
+        tok_s = alone(held, texts) if texts else 0.0
+        print(json.dumps({"tok_s": tok_s, "loop_s": time.clock_gettime(clock)}), flush=True)
 
-        def emit(event: ChatEvent | HerdError, own: list[float], over: threading.Event) -> None:
-            if isinstance(event, Text):
-                own.append(time.perf_counter())
-            elif isinstance(event, Done | HerdError):
-                over.set()
 
-        sampling = Sampling(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-        for text, own, over in zip(texts, moments, is_over, strict=True):
-            prompt = held.prompt([Message(role="user", content=(text,))])
-            thread.submit(engine.sequence(prompt, sampling, partial(emit, own=own, over=over)))
-        for over in is_over:
-            over.wait()
-        print(json.dumps({"tok_s": together(moments)}), flush=True)
+def alone(held: Model, texts: list[str]) -> float:
+    """Pieces per second of replies that nobody reads."""
+    engine, thread = held.thread.engine, held.thread
+    moments: list[list[float]] = [[] for _ in texts]
+    is_over = [threading.Event() for _ in texts]
+
+    def emit(event: ChatEvent | HerdError, own: list[float], over: threading.Event) -> None:
+        if isinstance(event, Text):
+            own.append(time.perf_counter())
+        elif isinstance(event, Done | HerdError):
+            over.set()
+
+    sampling = Sampling(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    for text, own, over in zip(texts, moments, is_over, strict=True):
+        prompt = held.prompt([Message(role="user", content=(text,))])
+        thread.submit(engine.sequence(prompt, sampling, partial(emit, own=own, over=over)))
+    for over in is_over:
+        over.wait()
+    return together(moments)
 
 
 def body(model: str, text: str, tokens: int) -> dict[str, Any]:
@@ -85,42 +104,42 @@ def body(model: str, text: str, tokens: int) -> dict[str, Any]:
 
 
 def cost(arguments: argparse.Namespace) -> list[str]:
-    """The engine alone and behind a server, in turn."""
+    """The engine alone and behind the server, in turn; who is first changes from round to round."""
     name, rows = Path(arguments.model).name, []
     sizes = [f"--streams={arguments.streams}", f"--threads={arguments.threads}"]
-    alone = Process([sys.executable, __file__, arguments.model, "--alone", *sizes])
-    with herd(arguments.model, arguments.threads, "--draft-tokens=0", f"--max-sequences={arguments.streams}") as server:
+    side = Process([sys.executable, __file__, arguments.model, "--side", *sizes])
 
-        async def all_streams(texts: list[str]) -> list[Reply]:
-            return await asyncio.gather(*(stream(server.port, body(name, text, TOKENS)) for text in texts))
+    async def all_streams(texts: list[str]) -> list[Reply]:
+        return await asyncio.gather(*(stream(side.facts["port"], body(name, text, TOKENS)) for text in texts))
 
-        for seed in range(-1, arguments.rounds):  # the first warms up
-            numbers = random.Random(seed)
+    for seed in range(-1, arguments.rounds):  # the first warms up
+        numbers = random.Random(seed)
+        engine_s = server_s = client_s = loop_us = 0.0
+        for is_served in (bool(seed % 2), not seed % 2):
             texts = [question(numbers) for _ in range(arguments.streams)]
-            engine_s = alone.ask(texts=texts)["tok_s"]
-            before, start = (server.cpu_s(), time.process_time(), server.cpu_s(first_thread=True)), time.perf_counter()
+            if not is_served:
+                engine_s = side.ask(texts=texts)["tok_s"]
+                continue
+            loop_s, cpu_s, start = side.ask()["loop_s"], time.process_time(), time.perf_counter()
             replies = asyncio.run(all_streams(texts))
-            seconds = time.perf_counter() - start
+            client_s = (time.process_time() - cpu_s) / (time.perf_counter() - start)
+            loop_us = (side.ask()["loop_s"] - loop_s) / sum(len(reply.pieces_s) for reply in replies) * 1e6
             server_s = together([reply.pieces_s for reply in replies])
-            if seed >= 0:
-                after, pieces = (
-                    (server.cpu_s(), time.process_time(), server.cpu_s(first_thread=True)),
-                    sum(len(r.pieces_s) for r in replies),
-                )
-                cpu_s, client_s, loop_s = (b - a for a, b in zip(before, after, strict=True))
-                rows.append((engine_s, server_s, cpu_s / seconds, client_s / seconds, loop_s / pieces * 1e6))
-                log.info("engine %.0f tok/s, server %.0f, CPU of the server %.2f, of the client %.2f, %.0f us a piece", *rows[-1])
-    alone.close()
-    ratios = sorted(1 - served / engine for engine, served, *_ in rows)
-    middle = [statistics.median(column) for column in zip(*rows, strict=True)]
+        if seed >= 0:
+            rows.append((engine_s, server_s, client_s, loop_us))
+            log.info("engine %.0f tok/s, server %.0f, CPU of the client %.3f, %.0f us a piece", *rows[-1])
+    side.close()
+    lost = sorted(1 - served / engine for engine, served, *_ in rows)
+    low, middle, high = statistics.quantiles(lost, n=4)
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
     return [
         f"{arguments.rounds} rounds after one to warm up, {arguments.streams} greedy replies of {TOKENS} tokens; medians. CPU: seconds a "
         "second.",
         "",
-        "| engine alone, tok/s | through the server | lost (least, most) | server's CPU | client's CPU | server's thread, us a piece |",
+        "| engine alone, tok/s | through the server | lost (quartiles) | client's CPU | server's thread, us a piece | of the cores' time |",
         "|---|---|---|---|---|---|",
-        f"| {middle[0]:.0f} | {middle[1]:.0f} | **{statistics.median(ratios):.1%}** ({ratios[0]:.1%}, {ratios[-1]:.1%}) | "
-        f"{middle[2]:.2f} | {middle[3]:.2f} | {middle[4]:.0f} |",
+        f"| {medians[0]:.0f} | {medians[1]:.0f} | **{middle:.1%}** ({low:.1%}, {high:.1%}) | "
+        f"{medians[2]:.3f} | {medians[3]:.0f} | {medians[3] * medians[0] / 1e6 / arguments.threads:.1%} |",
     ]
 
 
@@ -185,16 +204,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a checkpoint that herd loads")
     parser.add_argument("--streams", type=int, help="open at once (default: 16, and 64 with --minutes)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--minutes", type=float, help="let readers come and go for so long")
     parser.add_argument("--leaving", type=float, default=0.3, help="share of the replies whose reader leaves")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save", action="store_true", help="write the table under bench/results/")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.streams = arguments.streams or (64 if arguments.minutes else 16)
-    if arguments.alone:
-        engine_alone(arguments.model, arguments.threads, arguments.streams)
+    if arguments.side:
+        engine_and_server(arguments.model, arguments.threads, arguments.streams)
         return
     show_logs()
     rows = many(arguments) if arguments.minutes else cost(arguments)

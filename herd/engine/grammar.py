@@ -8,9 +8,10 @@ Source: llguidance (https://github.com/guidance-ai/llguidance) does all that is 
 """
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MOST_COMPILED = 64  # grammars that are kept
+LOOK_PER = 64  # forced tokens: looking them up takes 2 us each, and is done once in as many tokens of the reply as they are over this
 
 
 class Grammar:
@@ -35,6 +37,8 @@ class Grammar:
         self._bits = torch.zeros(-(-num_tokens // 32), dtype=torch.int32)
         self._is_ready = False
         self._num_tokens = num_tokens
+        self._forced: deque[int] = deque()  # what must come next, as far as it was looked up
+        self._rest = 0  # tokens to read before it is looked up again
 
     @property
     def is_finished(self) -> bool:
@@ -57,13 +61,18 @@ class Grammar:
         """Go on by a token that was drawn. Raises `UsageError` when the grammar has failed."""
         self._matcher.consume_token(token)
         self._is_ready = False
+        self._rest -= 1
+        if self._forced and self._forced.popleft() != token:
+            self._forced.clear()  # it may be the beginning of the same text in other tokens
         self._check()
 
     def drafts(self, guesses: Sequence[int], most: int) -> list[int]:
         """At most `most` tokens that are likely to come next: what the grammar forces, else those guesses that it allows."""
-        forced = self._matcher.compute_ff_tokens()
-        if forced:
-            return [int(token) for token in forced[:most]]
+        if not self._forced and self._rest <= 0:
+            self._forced = deque(self._matcher.compute_ff_tokens())
+            self._rest = len(self._forced) // LOOK_PER
+        if self._forced:
+            return list(islice(self._forced, most))
         return list(guesses[: self._matcher.validate_tokens(list(guesses))]) if guesses else []
 
     def _check(self) -> None:
