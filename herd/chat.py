@@ -218,6 +218,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # of the prompt, those that had been computed before, for this request or another
+    image_tokens: int = 0  # of the prompt, those that images became
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,8 +68,16 @@ def test_an_image_is_seen(tiny: Model, client: openai.OpenAI) -> None:
     PIL.Image.linear_gradient("L").resize((112, 50)).convert("RGB").save(file, "PNG")
     uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     content = [{"type": "text", "text": "look: "}, {"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": " what?"}]
-    want = expected(tiny, [Message(role="user", content=("look: ", Image(data=file.getvalue()), " what?"))])
-    assert ask(client, content) == want
+    message = Message(role="user", content=("look: ", Image(data=file.getvalue()), " what?"))
+    assert ask(client, content) == expected(tiny, [message])
+    tokens, specials = tiny.prompt([message]).tokens, tiny.tokenizer.specials
+    image = tokens[tokens.index(specials["<|image_start|>"]) : tokens.index(specials["<|image_end|>"]) + 1]
+    for count in (1, 2):
+        reply = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content * count}], max_tokens=1, n=2)  # type: ignore[misc,list-item]
+        assert reply.usage and reply.usage.prompt_tokens_details
+        assert reply.usage.prompt_tokens_details.image_tokens == len(image) * count > 0
+    made = client.responses.create(model="tiny", input=[{"role": "user", "content": [{"type": "input_image", "image_url": uri}]}])  # type: ignore[list-item,misc]
+    assert made.usage and made.usage.input_tokens_details.to_dict()["image_tokens"] == len(image)
 
 
 def test_prompt_cache_key_keeps_prefixes_apart(tiny: Model, client: openai.OpenAI) -> None:

@@ -107,7 +107,11 @@ class Sequence:
     def read(self) -> Done:
         """The end of a sequence that gets no reply."""
         self.finish = "stop"
-        return Done(reason="stop", usage=Usage(prompt_tokens=self.num_prompt, completion_tokens=0))
+        return Done(reason="stop", usage=self._usage(0))
+
+    def _usage(self, num_reply: int) -> Usage:
+        cached, images = self.num_cached, self.prompt.num_image_tokens
+        return Usage(prompt_tokens=self.num_prompt, completion_tokens=num_reply, cached_tokens=cached, image_tokens=images)
 
     def _accept(self, token: int, *, is_last: bool) -> list[ChatEvent]:
         """is_last: nothing can follow it."""
@@ -127,9 +131,8 @@ class Sequence:
         events += self._read(text)
         if self.finish:
             reply = tuple(self.tokens[self.num_prompt :])
-            usage = Usage(prompt_tokens=self.num_prompt, completion_tokens=len(reply), cached_tokens=self.num_cached)
             stop = self.detokenizer.stop if self.finish == "stop" else None
-            events.append(Done(reason=self.finish, usage=usage, stop=stop, tokens=reply))
+            events.append(Done(reason=self.finish, usage=self._usage(len(reply)), stop=stop, tokens=reply))
         return events
 
     def _read(self, text: str) -> list[ChatEvent]:

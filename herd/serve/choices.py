@@ -101,7 +101,9 @@ class Told:
         cached = [end.usage.cached_tokens for end in self.ends]
         num_cached = min(cached) if num_prompts == 1 else sum(cached) // num_each
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-        return {**usage, "prompt_tokens_details": {"cached_tokens": num_cached}}
+        num_image = sum(end.usage.image_tokens for end in self.ends) // num_each
+        details = {"cached_tokens": num_cached} | ({"image_tokens": num_image} if num_image else {})
+        return {**usage, "prompt_tokens_details": details}
 
     def timings(self, num_prompts: int = 1) -> dict[str, Any]:
         """What it took, by the server's clock, in llama.cpp's words. The prompt's share ends when something of a reply is there."""

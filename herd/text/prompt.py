@@ -31,6 +31,7 @@ class Prompt:
     tokens: list[int]
     loss_mask: list[bool]  # true on what the assistant wrote, its closing token included; as long as `tokens`
     images: tuple[Tiles, ...] = ()  # in the order of their `<|patch|>` tokens
+    num_image_tokens: int = 0  # those of images, their marks included
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +108,7 @@ def render(
         page.turn(form, calls, message)
     if reply:
         page.header(form, "assistant")
-    return Prompt(page.tokens, page.loss_mask, tuple(page.images))
+    return Prompt(page.tokens, page.loss_mask, tuple(page.images), page.num_image_tokens)
 
 
 def tool_format_of(chat_format: str, tool_format: str = "auto") -> str:
@@ -144,6 +145,7 @@ class _Page:
     tokens: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
     images: list[Tiles] = field(default_factory=list)
+    num_image_tokens: int = 0
 
     def turn(self, form: _Format, calls: ToolFormat, message: Message) -> None:
         loss, role, close = message.role == "assistant", str(message.role), form.close
@@ -183,7 +185,9 @@ class _Page:
             raise PromptError("this model reads no images", "send text alone, or choose a model with vision", param="messages")
         tiles = tile(open_image(image), self.tiling)
         self.images.append(tiles)
-        self._add(image_tokens(tiles, self.tiling, self.tokenizer.specials))
+        ids = image_tokens(tiles, self.tiling, self.tokenizer.specials)
+        self.num_image_tokens += len(ids)
+        self._add(ids)
 
     def _add(self, ids: list[int], loss: bool = False) -> None:
         self.tokens += ids
