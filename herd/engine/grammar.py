@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MOST_COMPILED = 64  # grammars that are kept
+MOST_ITEMS = 20_000  # ways to go on that are followed at once; 1,333 optional properties make 5,331, and llguidance by itself allows 2,000
 
 
 class Grammar:
@@ -102,7 +103,7 @@ class Grammars:
 
     def compile(self, text: str, param: str) -> Grammar:
         """A fresh grammar. Raises `UsageError` for one that llguidance does not take, with the keyword at fault and `param`."""
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         with self._lock:
             matcher = self._compiled.get(text)
@@ -113,7 +114,8 @@ class Grammars:
             vocabulary = self._vocabulary
         if matcher is None:
             assert vocabulary is not None
-            matcher = LLMatcher(vocabulary, text, log_level=0)  # lets other threads run
+            limits = LLParserLimits(max_items_in_row=MOST_ITEMS)
+            matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits)  # lets other threads run
             if matcher.is_error():
                 raise refused(matcher.get_error(), param)
             with self._lock:
