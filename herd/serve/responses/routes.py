@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator
 
-from herd.chat import Backend, ChatEvent, ChatRequest
+from herd.chat import Backend, ChatEvent, ChatRequest, TextBackend
 from herd.errors import UsageError
 from herd.serve.api import check_model
 from herd.serve.choices import Told, side_by_side
@@ -53,17 +53,22 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
     """The routes."""
     kept = Responses(store, int(config.responses_gib * (1 << 30)), config.responses_days)
 
-    @app.post("/v1/responses")
-    async def create(request: Request) -> Response:
+    async def read(request: Request) -> tuple[ResponsesBody, list[Item], ChatRequest]:
+        """The body, its items, and what it asks for together with what was stored."""
         body = await read_body(request, ResponsesBody, config.max_body_bytes)
         check_model(backend, body.model)
-        body = with_pictures(body, await fetched(request, body))
-        who, is_stored = owner(caller(request)), _is_stored(body, kept)
+        body, who = with_pictures(body, await fetched(request, body)), owner(caller(request))
         with in_words_of_responses():
             previous = body.previous_response_id
             past = [] if previous is None else [Item.model_validate(told) for told in kept.past(who, previous)]
             new = given_items(body, past, lambda id, param: Item.model_validate(kept.item(who, id, param)))
-            asked = replace(chat_request(body, past, new, caller(request)), background=is_background(request))
+            return body, new, chat_request(body, past, new, caller(request))
+
+    @app.post("/v1/responses")
+    async def create(request: Request) -> Response:
+        body, new, asked = await read(request)
+        asked = replace(asked, background=is_background(request))
+        who, previous, is_stored = owner(caller(request)), body.previous_response_id, _is_stored(body, kept)
         inputs = [item.told(new_id("msg_" if item.type == "message" else "fc_")) for item in new]
         if is_stored:
             kept.check_room(who, inputs, previous)
@@ -80,6 +85,13 @@ def add_responses(app: FastAPI, backend: Backend, config: ServeConfig, metrics: 
         if body.stream:
             return EventStream(_lines(events), config, answer.failure)
         return JSONResponse(await reply_to(request, _last(events)))
+
+    if isinstance(backend, TextBackend):
+
+        @app.post("/v1/responses/input_tokens")
+        async def input_tokens(request: Request) -> dict[str, Any]:
+            _, _, asked = await read(request)
+            return {"object": "response.input_tokens", "input_tokens": len((await backend.tokenize(asked)).tokens)}
 
     @app.get("/v1/responses/{response_id}")
     async def find(request: Request, response_id: str) -> dict[str, Any]:

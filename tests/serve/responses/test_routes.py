@@ -495,9 +495,11 @@ def loop_with_functions(client: openai.OpenAI) -> None:
 def test_a_chain_computes_only_what_is_new(tiny_client: openai.OpenAI):
     cached, previous = [], None
     for turn in range(4):
+        count = tiny_client.responses.input_tokens.count(model="tiny", input=f"turn {turn} " * 8, previous_response_id=previous)
         made = tiny_client.responses.create(
             model="tiny", input=f"turn {turn} " * 8, previous_response_id=previous, max_output_tokens=20, extra_body={"seed": turn}
         )
+        assert made.usage.input_tokens == count.input_tokens
         previous = made.id
         cached.append(made.usage.input_tokens_details.cached_tokens)
     assert all(after >= before + 64 for before, after in pairwise(cached)), cached
