@@ -1,13 +1,16 @@
 """Do the API tests of rivals pass against this server?
 
-    herd serve cria --port 8711 --context-tokens 2048
-    herd serve cria --port 8712 --context-tokens 2048 --api-key sk-this-is-the-secret-key --data-folder /tmp/other
-    pip install pytest pytest-asyncio openai anthropic requests regex jsonschema prometheus_client
-    python bench/rivals.py --llamacpp SOURCES --vllm SOURCES --url http://127.0.0.1:8711 --keyed-url http://127.0.0.1:8712
+    allow="--allow-origin http://localhost --allow-origin http://localhost:8080 --allow-origin http://127.0.0.1"
+    allow="$allow --allow-origin http://127.0.0.1:3000 --allow-origin http://[::1] --allow-origin http://[::1]:3000"
+    herd serve cria --port 8711 --context-tokens 8192 $allow
+    herd serve cria --port 8712 --context-tokens 8192 --api-key sk-this-is-the-secret-key --data-folder /tmp/other
+    pip install pytest pytest-asyncio openai anthropic requests regex jsonschema prometheus_client transformers
+    python bench/rivals.py --llamacpp SOURCES --vllm SOURCES --url http://127.0.0.1:8711 --keyed-url http://127.0.0.1:8712 --tokenizer CRIA
 
 SOURCES are folders with a rival's sources. Their tests run from there, as they are, and none of their code is here. Around them is changed
-only what belongs to their servers: nothing is started; the model's name is ours; llama.cpp's routes without /v1 get it; the texts and
-counts of tokens that their own weights give are not compared. What they import of vLLM and torch is an empty stand-in.
+only what belongs to their servers: nothing is started; the model's name is ours; llama.cpp's routes without /v1 get it, and its builds' "b"
+stands before our fingerprint; the texts and counts of tokens that their own weights give are not compared. What they import of vLLM and
+torch is a stand-in. Left out are tests that ask no server, or one with adapters, watermarks or other weights.
 
 Each failure is in `REASONS`, or is printed as new.
 """
@@ -15,6 +18,7 @@ Each failure is in `REASONS`, or is printed as new.
 import argparse
 import importlib.abc
 import importlib.machinery
+import inspect
 import json
 import os
 import re
@@ -28,7 +32,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-LLAMACPP = ("basic", "chat_completion", "compat_anthropic", "security", "stream", "tokenize", "tool_call")
+LLAMACPP = ("basic", "chat_completion", "compat_anthropic", "compat_oai_responses", "security", "stream", "tokenize", "tool_call")
 VLLM = (
     "openai/chat_completion/test_chat.py",
     "openai/chat_completion/test_chat_completion.py",
@@ -38,7 +42,6 @@ VLLM = (
     "openai/completion/test_prompt_validation.py",
     "openai/models/test_models.py",
     "openai/test_chunked_prompt.py",
-    "openai/test_stop_token_ids.py",
     "anthropic/test_messages.py",
     "serve/instrumentator/test_basic.py",
     "serve/tokenize/test_tokenization.py",
@@ -70,8 +73,12 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        if module.__name__ == "vllm.tokenizers":
-            module.get_tokenizer = tokenizer  # type: ignore[attr-defined]
+        held: dict[str, Any] = {
+            "vllm.tokenizers": {"get_tokenizer": tokenizer},
+            "vllm.config": {"ModelConfig": lambda **_: types.SimpleNamespace(get_vocab_size=lambda: len(tokenizer()))},
+            "torch": {"iinfo": lambda _: types.SimpleNamespace(min=-(1 << 63), max=(1 << 63) - 1)},
+        }
+        module.__dict__.update(held.get(module.__name__, {}))
 
 
 def tokenizer(*_: object, **__: object) -> Any:
@@ -122,7 +129,7 @@ def named(body: Any) -> Any:
 
 
 def adapt_clients() -> None:
-    """Change what is sent, where it is sent."""
+    """Change what is sent, where it is sent: the model's name, and /v1 where a client of llama.cpp's leaves it out."""
     import anthropic
     import openai
     import requests
@@ -132,6 +139,8 @@ def adapt_clients() -> None:
 
         def rebuilt(self: Any, options: Any, *, build: Callable[..., Any] = build, **more: Any) -> Any:
             options.json_data = named(options.json_data)
+            if isinstance(self, openai.OpenAI) and self.base_url.path == "/":
+                options.url = f"/v1{options.url}"
             return build(self, options, **more)
 
         owner._build_request = rebuilt
@@ -143,8 +152,23 @@ def adapt_clients() -> None:
     requests.post = posted
 
 
+def theirs(server: Any, body: Any) -> Any:
+    """A reply with their names in place of ours, where it has ours."""
+    if not isinstance(body, dict):
+        return body
+    own, name = os.environ["RIVALS_MODEL"], server.model_alias
+    if isinstance(build := body.get("system_fingerprint"), str):
+        body = {**body, "system_fingerprint": f"b{build}"}
+    if name and body.get("model") == own:
+        body = {**body, "model": name}
+    if name and body.get("object") == "list":
+        body = {**body, "data": [{**item, "id": name if item["id"] == own else item["id"]} for item in body["data"]]}
+    return body
+
+
 def adapt_llamacpp() -> None:
     import utils
+    from requests.structures import CaseInsensitiveDict
 
     process = utils.ServerProcess
     request, stream = process.make_request, process.make_stream_request
@@ -153,12 +177,20 @@ def adapt_llamacpp() -> None:
         url = os.environ["RIVALS_KEYED_URL" if server.api_key else "RIVALS_URL"]
         server.server_host, _, port = url.removeprefix("http://").partition(":")
         server.server_port = int(port)
-        return f"/v1{path}" if path.startswith(("/chat/", "/completions", "/models")) else path
+        return f"/v1{path}" if path.startswith(("/chat/", "/completions", "/models", "/responses")) else path
+
+    def asked(server: Any, method: str, path: str, *args: Any, **options: Any) -> Any:
+        reply = request(server, method, at(server, path), *args, **options)
+        reply.body = theirs(server, reply.body)
+        reply.headers = CaseInsensitiveDict(reply.headers)  # as HTTP's are
+        return reply
+
+    def streamed(server: Any, method: str, path: str, *args: Any, **options: Any) -> Any:
+        return (theirs(server, event) for event in stream(server, method, at(server, path), *args, **options))
 
     process.start = lambda server, *_, **__: at(server, "")
     process.stop = lambda _: None
-    process.make_request = lambda server, method, path, *a, **k: request(server, method, at(server, path), *a, **k)
-    process.make_stream_request = lambda server, method, path, *a, **k: stream(server, method, at(server, path), *a, **k)
+    process.make_request, process.make_stream_request = asked, streamed
     utils.match_regex = lambda *_: True
 
 
@@ -186,10 +218,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def is_chosen(item: pytest.Item, is_vllm: bool) -> bool:
-    """Leave out what needs other weights or adapters, and what calls their code and no server."""
-    if item.get_closest_marker("slow") or "lora" in item.nodeid:
+    """Leave out what needs other weights, adapters or watermarks, and what calls their code and no server."""
+    if item.get_closest_marker("slow") or any(word in item.nodeid for word in ("lora", "watermarked")):
         return False
-    return not is_vllm or "server" in getattr(item, "fixturenames", ())
+    starts_one = "RemoteOpenAIServer" in inspect.getsource(item.function)  # type: ignore[attr-defined]
+    return not is_vllm or starts_one or any(name.endswith("server") for name in item.fixturenames)  # type: ignore[attr-defined]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
