@@ -124,7 +124,7 @@ class Engine:
         spans = zip(pairwise(ends), prompt.images, strict=True)
         images = [Placed(patches[first], patches[end - 1], tiles) for (first, end), tiles in spans]
         if wrong_id := next((token for token in sampling.logit_bias if token >= self.model.vocab_size), None):
-            raise UsageError(f"logit_bias has token {wrong_id}; the vocabulary has {self.model.vocab_size:,}", param="logit_bias")
+            raise UsageError(f"logit_bias has token {wrong_id}; the vocabulary has {self.model.vocab_size}", param="logit_bias")
         choice = tool_choice or ToolChoice()
         tools = () if choice.mode == "none" else tuple(tool for tool in tools if not choice.names or tool.name in choice.names)
         grammar = reply_grammar(sampling.format, tools, choice, self.tool_format, self.tokenizer.specials)

@@ -52,7 +52,7 @@ class CompletionBody(Sampled):
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"best_of": (1,), "suffix": ("",)}
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {**Sampled.neutral, "best_of": (1,), "suffix": ("",)}
     ignored = frozenset({"user"})
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from herd.chat import (
     ChatRequest,
     Done,
     Fold,
+    Format,
     Image,
     Message,
     Sampling,
@@ -139,6 +140,19 @@ class ToolChoiceForm(Wire):
         return self
 
 
+class FormatForm(Wire):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputForm(Wire):
+    """What the text of a reply must be. All of a schema is enforced, or it is refused, as Anthropic's server does it."""
+
+    format: FormatForm | None = None
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"effort": ("high",)}  # the default
+
+
 class CountBody(Wire):
     """The body of POST /v1/messages/count_tokens: what of a request is read."""
 
@@ -147,9 +161,9 @@ class CountBody(Wire):
     system: Annotated[list[Block] | None, BeforeValidator(_blocks)] = None
     tools: list[ToolForm] | None = None
     tool_choice: ToolChoiceForm | None = None
+    output_config: OutputForm | None = None
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "output_config": ({},),
         "speed": ("standard",),
         "thinking": ({"type": "disabled"},),
         "user_profile_id": (),
@@ -190,8 +204,15 @@ class MessagesBody(CountBody):
 
     def sampling(self) -> Sampling:
         """How the reply is drawn."""
-        stop = tuple(self.stop_sequences or ())
-        return Sampling(max_tokens=self.max_tokens, stop=stop, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k or 0)
+        asked = self.output_config and self.output_config.format
+        return Sampling(
+            max_tokens=self.max_tokens,
+            stop=tuple(self.stop_sequences or ()),
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k or 0,
+            format=Format(kind="json_schema", value=asked.schema_) if asked else None,
+        )
 
 
 def _joined(blocks: list[Block]) -> Message:

@@ -82,11 +82,10 @@ def cache_salt(body: Drawing, caller: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 
 def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
-    for token in biases:
-        if not token.isascii() or not token.isdigit() or len(token) > 10:
-            raise UsageError(
-                f"logit_bias has the key {token!r:.60}", "its keys are ids of tokens, as strings of digits", param="logit_bias"
-            )
+    wrong = [token for token in biases if not token.isascii() or not token.isdigit() or len(token) > 10]
+    if wrong:
+        shown = ", ".join(f"{token!r:.60}" for token in wrong[:8]) + (" and more" if len(wrong) > 8 else "")
+        raise UsageError(f"logit_bias has the key {shown}", "its keys are ids of tokens, as strings of digits", param="logit_bias")
     return {int(token): bias for token, bias in biases.items()}
 
 
@@ -108,6 +107,8 @@ def _format(body: Drawing) -> Format | None:
 
 
 def _response_format(form: ResponseFormat) -> Format:
+    if form.schema_ is not None:
+        return Format(kind="json_schema", value=form.schema_, strict=False)
     if form.json_schema is None:
         return Format(kind="json_object")
     schema = {"type": "object"} if form.json_schema.schema_ is None else form.json_schema.schema_

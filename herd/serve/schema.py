@@ -96,6 +96,7 @@ class ChatMessage(Wire):
 class StreamOptions(Wire):
     include_usage: bool | None = None
 
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}  # vLLM's
     ignored = frozenset({"include_obfuscation"})  # padding against eavesdroppers who count bytes
 
 
@@ -167,13 +168,19 @@ class ResponseFormat(Wire):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")  # llama.cpp's way to say what the object must be
 
     @model_validator(mode="after")
     def _holds_its_type(self) -> Self:
         if (self.json_schema is None) is (self.type == "json_schema"):
             text = "is missing" if self.json_schema is None else f"stands in a format of type {self.type!r}"
             raise problem(text, "a format of type 'json_schema' holds json_schema, others do not", field="json_schema")
+        if self.schema_ is not None and self.type != "json_object":
+            raise problem(f"stands in a format of type {self.type!r}", "put it into json_schema, of type 'json_schema'", field="schema")
         return self
+
+
+_ANY_TEXT = ResponseFormat.model_validate({"type": "text"})
 
 
 class StructuredOutputs(Wire):
@@ -243,7 +250,7 @@ class Drawing(Wire):
 
     @model_validator(mode="after")
     def _has_one_format(self) -> Self:
-        given = [name for name in self.formats if getattr(self, name) not in (None, ResponseFormat(type="text"))]
+        given = [name for name in self.formats if getattr(self, name) not in (None, _ANY_TEXT)]
         if len(given) > 1:
             raise problem(f"is given, and {given[0]} too", "a reply has one format: give one of them", field=given[1])
         return self
@@ -261,6 +268,26 @@ class Sampled(Drawing, Length):
     """What chat completions and completions have in common: how replies are drawn, how many, and how they are sent."""
 
     stream_options: StreamOptions | None = None
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {  # vLLM's and llama.cpp's, whose clients often send the defaults
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "cache_prompt": (True,),
+        "id_slot": (-1,),
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1,),
+        "logits_processors": (),
+        "min_tokens": (0,),
+        "prompt_logprobs": (),
+        "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "stop_token_ids": ([],),
+        "timings_per_token": (False,),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+    }
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -284,7 +311,12 @@ class ChatBody(Sampled):
 
     formats = ("response_format", *Sampled.formats)
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **Sampled.neutral,
+        "add_generation_prompt": (True,),
         "audio": (),
+        "chat_template": (),
+        "chat_template_kwargs": ({}, {"enable_thinking": False}, {"thinking": False}),  # Llama 4 does not think
+        "continue_final_message": (False,),
         "function_call": ("none", "auto"),
         "functions": ([],),
         "modalities": (["text"],),

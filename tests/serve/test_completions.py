@@ -12,7 +12,7 @@ from herd.chat import Drawn, Message
 from herd.engine.local import Local, Model
 from herd.serve.completions import CompletionBody, Table, _name
 from tests.serve.conftest import Live, live
-from tests.serve.test_schema import EXTENSIONS
+from tests.serve.test_schema import EXTENSIONS, OF_RIVALS
 
 ASKED = {"model": "tiny", "temperature": 0, "max_tokens": 8}
 
@@ -34,7 +34,8 @@ def test_every_openai_field_is_in_one_group():
     known = {name for group in groups for name in group}
     assert sum(map(len, groups)) == len(known)
     fields = set(typing.get_type_hints(openai_params.CompletionCreateParamsStreaming))
-    assert known == (fields | EXTENSIONS | {"prompt_cache_key"}) - {"return_progress"}  # which chat completions alone have
+    more = EXTENSIONS | OF_RIVALS.keys() | {"prompt_cache_key"}
+    assert known == (fields | more) - {"return_progress"}  # which chat completions alone have
 
 
 def test_texts_and_tokens(tiny: Model, client: openai.OpenAI):

@@ -8,7 +8,7 @@ import anthropic
 import pytest
 from anthropic.types import message_count_tokens_params, message_create_params
 
-from herd.chat import Done, Message, Text, Tool, ToolCall, ToolChoice, Usage
+from herd.chat import Done, Format, Message, Text, Tool, ToolCall, ToolChoice, Usage
 from herd.engine.local import Local, Model
 from herd.errors import HerdError
 from herd.serve.messages import CountBody, MessagesBody
@@ -55,6 +55,17 @@ def test_whole_and_streamed(client: anthropic.Anthropic, echo: Echo):
         assert "".join(stream.text_stream) == "one two"
         final = stream.get_final_message()
     assert (final.content[0].text, final.stop_reason, final.usage.input_tokens) == ("one two", "max_tokens", 3)
+
+
+def test_structured_output(client: anthropic.Anthropic, echo: Echo):
+    wanted = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"], "additionalProperties": False}
+    form = {"type": "json_schema", "schema": wanted}
+    for config in ({"format": form}, {"format": form, "effort": "high"}):
+        client.messages.create(model="echo", max_tokens=9, messages=HELLO, output_config=config)
+        assert echo.requests[-1].sampling.format == Format(kind="json_schema", value=wanted, strict=True)
+    for config in ({}, {"format": None}):
+        client.messages.create(model="echo", max_tokens=9, messages=HELLO, output_config=config)
+        assert echo.requests[-1].sampling.format is None
 
 
 def test_a_stop_string_is_told(serve):
@@ -114,6 +125,11 @@ def test_count_tokens(tiny: Model):
         assert counted == client.messages.create(model="tiny", max_tokens=1, messages=HELLO).usage.input_tokens
         stream = client.messages.create(model="tiny", max_tokens=1, messages=[*HELLO, *HELLO], stream=True)
         start, *_, last, _ = stream
+        form = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+        assert client.messages.count_tokens(model="tiny", messages=HELLO, output_config=form).input_tokens == counted
+        held = {"format": {"type": "json_schema", "schema": {"const": 42}}}
+        reply = client.messages.create(model="tiny", max_tokens=9, messages=HELLO, output_config=held)
+        assert (reply.content[0].text, reply.stop_reason) == ("42", "end_turn")
         told = last.usage.input_tokens + last.usage.cache_read_input_tokens
         assert start.message.usage.input_tokens == told > counted and last.usage.cache_read_input_tokens > 0
 
@@ -123,6 +139,9 @@ def test_count_tokens(tiny: Model):
     [
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking is"),
         ({"max_tokens": None}, "max_tokens is null"),
+        ({"output_config": {"effort": "low"}}, 'output_config.effort is "low", which herd does not support; it takes only "high"'),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema is missing"),
+        ({"output_config": {"format": {"type": "xml", "schema": {}}}}, "output_config.format.type is"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice.name is null"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]},

@@ -65,9 +65,36 @@ OTHERWISE_HONOURED = {
     "parallel_tool_calls",
     "top_logprobs",
 }  # tests below, in test_api.py, test_sse.py, test_choices.py, test_tools.py, test_river.py
+OF_RIVALS = {  # those that completions have too, then those of chat
+    "allowed_token_ids": [5],
+    "bad_words": ["x"],
+    "cache_prompt": False,
+    "id_slot": 0,
+    "include_stop_str_in_output": True,
+    "length_penalty": 2.0,
+    "logits_processors": ["x"],
+    "min_tokens": 5,
+    "prompt_logprobs": 1,
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": False,
+    "stop_token_ids": [5],
+    "timings_per_token": True,
+    "truncate_prompt_tokens": 5,
+    "use_beam_search": True,
+}
+OF_RIVALS_CHAT = {
+    "add_generation_prompt": False,
+    "chat_template": "{{ messages }}",
+    "chat_template_kwargs": {"enable_thinking": True},
+    "continue_final_message": True,
+}
 EXTENSIONS = {"top_k", "min_p", "repetition_penalty", "ignore_eos", "timings", "return_progress", *schema.Sampled.formats}
 
 REFUSED = {
+    **OF_RIVALS,
+    **OF_RIVALS_CHAT,
     "audio": {"voice": "alloy", "format": "wav"},
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
@@ -96,7 +123,7 @@ def test_every_openai_field_is_in_one_group():
     assert neutral == REFUSED.keys()
     assert ignored == IGNORED.keys()
     assert len(honoured) + len(neutral) + len(ignored) == len(honoured | neutral | ignored)
-    assert honoured | neutral | ignored == FIELDS | EXTENSIONS
+    assert honoured | neutral | ignored == FIELDS | EXTENSIONS | OF_RIVALS.keys() | OF_RIVALS_CHAT.keys()
 
 
 @pytest.mark.parametrize(
@@ -173,6 +200,8 @@ IMAGE_AT = "messages.0.content.0.image_url.url"
         ({"frequency_penalty": 2.5}, "frequency_penalty", "between -2 and 2"),
         ({"presence_penalty": "much"}, "presence_penalty", "valid number"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "logit_bias has the key 'a'"),
+        ({"logit_bias": {"5": 1, "b": 1, "c": 1}}, "logit_bias", "logit_bias has the key 'b', 'c'. Hint"),
+        ({"logit_bias": dict.fromkeys("abcdefghi", 1)}, "logit_bias", "'g', 'h' and more. Hint"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 129}, "n", "less than or equal to 128"),
@@ -183,6 +212,8 @@ IMAGE_AT = "messages.0.content.0.image_url.url"
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
         ({"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format.json_schema", "of type 'text'"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format.json_schema.name", "missing"),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema", "put it into json_schema"),
+        ({"response_format": {"type": "json_object", "schema": 5}}, "response_format.schema", "it should be an object"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "is given, and guided_regex too"),
         ({"guided_json": "{"}, "guided_json", "guided_json is not JSON"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "holds regex and choice"),
@@ -217,6 +248,7 @@ IMAGE_AT = "messages.0.content.0.image_url.url"
         ({"stream": "true"}, "stream", "valid boolean"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream is not true"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "did you mean 'include_usage'?"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats", "only false"),
         ({"stream": True, "stream_options": 1}, "stream_options", "it must be a JSON object"),
         ({"model": None}, "model", "model is null; it should be a valid string"),
         ({"messages": []}, "messages", "messages is []; the list should have at least 1 item"),
@@ -296,6 +328,7 @@ def test_calls_and_results_in_the_history(served: Live, echo: Echo):
             ({"type": "array"}, False),
         ),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True}}}, ({"type": "object"}, True)),
+        ({"response_format": {"type": "json_object", "schema": {"type": "array"}}}, ({"type": "array"}, False)),
         ({"structured_outputs": {"json": {"type": "array"}}}, ({"type": "array"}, True)),
         ({"structured_outputs": {"json": '{"type": "array"}'}, "response_format": {"type": "text"}}, ({"type": "array"}, True)),
     ],
