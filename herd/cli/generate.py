@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import AvoidSubcommands, Positional, arg
 
 from herd.chat import Sampling
 from herd.cli.terminal.clean import clean
@@ -18,10 +18,10 @@ from herd.model.presets import PRESETS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """The text alone goes to stdout."""
+    """The text alone goes to stdout. On a terminal its control characters are shown as pictures; a file or a pipe gets them as they are."""
 
     words: Annotated[Positional[tuple[str, ...]], arg(metavar="[MODEL] PROMPT")] = ()  # PROMPT may be - for stdin
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: AvoidSubcommands[Sampling] = field(default_factory=Sampling)
     trace: Path | None = None  # file for what every step did, to be opened in ui.perfetto.dev
     engine: EngineConfig = field(default_factory=EngineConfig)
 

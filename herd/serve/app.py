@@ -27,6 +27,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from herd.chat import Backend, EmbeddingBackend, TextBackend
 from herd.errors import HerdError, ResourceError, nearest
+from herd.serve.access.hosts import Hosts
 from herd.serve.access.keys import Guard, KeyFile, KeyRefused
 from herd.serve.access.limits import Limits
 from herd.serve.access.room import Room
@@ -77,12 +78,14 @@ def make_app(
     metrics = Metrics(stats)
     store = store or open_store(config)
     guard = Guard(config.api_key, KeyFile(config.keys_file) if config.keys_file else None)
+    hosts = Hosts(config.host, config.allow_host, is_open=guard.is_open)
     limits = Limits(config.requests_per_minute, config.tokens_per_minute)
 
     async def admit(request: Request) -> None:
         """Of every route but the open ones."""
         if request.scope["route"].path not in OPEN:
             headers, address = request.headers, request.client.host if request.client else ""
+            hosts.check(headers.get("host"))
             key = guard.admit(headers.get("authorization", ""), headers.get("x-api-key", ""), address)
             request.state.caller = key.words if key else ()
             own = (key.requests_per_minute, key.tokens_per_minute) if key else ()

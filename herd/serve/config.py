@@ -11,9 +11,7 @@ class ServeConfig:
     """The choices of one server."""
 
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in; make keys first
-    api_key: str = field(
-        default="", repr=False
-    )  # that clients must send; HERD_API_KEY in the environment hides it from `ps`; herd keys makes more
+    api_key: str = field(default="", repr=False)  # that clients must send; HERD_API_KEY in the environment hides it from `ps`
     keys_file: Path | None = None  # where `herd keys` keeps keys; none: keys.json in herd's folder, if it exists
     port: int = 8000  # TCP port; 0 takes any free one
     data_folder: Path | None = None  # for stored responses, files and batches; none: one for the port, in herd's folder
@@ -25,6 +23,7 @@ class ServeConfig:
     max_batch_lines: int = 100_000  # requests in one batch
     batch_width: int = 8  # requests of all batches that are computed side by side
     body_s: float = 120.0  # seconds that a body may take to arrive
+    allow_host: tuple[str, ...] = ()  # names by which this machine's programs may call a server that asks for no key; * for any
     allow_origin: tuple[str, ...] = ()  # origins of web pages that may use this server from a browser, such as https://example.com
     image_urls: bool = False  # fetch images by http(s) address, from public ones alone; else they come as data: URIs
     image_url_bytes: int = 20 << 20  # of one that is fetched

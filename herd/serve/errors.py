@@ -29,6 +29,10 @@ class ReplyTooLate(ResourceError):
 def shown(error: Exception, request_id: str) -> HerdError:
     """What a client is told of a failure. What is the server's fault is logged, with the traceback where nobody foresaw it."""
     if not isinstance(error, HerdError):
+        if is_locked(error):
+            log.error("request %s failed: another program has locked the server's database", request_id)
+            hint = "send it again; what else opens the server's data folder should let go of it"
+            return BusyError("another program has locked the server's database", hint, retry_after_s=1)
         log.error("request %s failed", request_id, exc_info=error)
         if _is_of_the_disk(error):
             return ResourceError("the server's disk is full or fails", f"make room on it; its log has more under request id {request_id}")
@@ -36,6 +40,12 @@ def shown(error: Exception, request_id: str) -> HerdError:
     if error.http_status >= 500 and not isinstance(error, BusyError):  # which comes by the thousand
         log.error("request %s failed: %s", request_id, " ".join(error.message.split()))
     return error
+
+
+def is_locked(error: Exception) -> bool:
+    """Whether another program uses a database at this moment."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of it says more
+    return isinstance(error, sqlite3.OperationalError) and code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def _is_of_the_disk(error: Exception) -> bool:

@@ -55,12 +55,18 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Bytes came that are no request, as h11 reads HTTP/1.1."""
+        """Bytes came that are no request, as h11 reads HTTP/1.1. Where a reply has begun, they can only be hung up on."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
         reply = error_reply(RequestError(400, msg.rstrip(".")))
         head = h11.Response(status_code=400, headers=[*reply.raw_headers, (b"connection", b"close")], reason=b"Bad Request")
         for event in (head, h11.Data(data=bytes(reply.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Not to be logged: a client asks for what herd does not have, and gets a plain reply."""
 
     def _wait(self) -> None:
         self._late = self.loop.call_later(HEAD_S, self.transport.abort)

@@ -85,7 +85,11 @@ class EventStream(StreamingResponse):
                 raise
             told = shown(error, scope["state"]["request_id"])
             lines = self.failure(told) if self.failure else _failure(told, scope["path"])
-            await send({"type": "http.response.body", "body": lines, "more_body": True})
+            try:
+                async with asyncio.timeout(self.ping_s):
+                    await send({"type": "http.response.body", "body": lines, "more_body": True})
+            except TimeoutError:  # who does not read is not told, and holds nobody up
+                raise ClientDisconnect from None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -18,6 +18,7 @@ from herd.errors import ResourceError
 
 DATABASE = "server.sqlite"
 LOCK = "server.lock"
+LOCKED_S = 0.1  # that a statement waits for another program, which should not be there; so long nobody is served
 
 
 class Store:
@@ -41,12 +42,13 @@ class Store:
             self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.close(os.open(folder / DATABASE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # for its owner, also in an open folder
+            self._opened = _identity(folder / DATABASE)
             # the routes of an app may be run by any one thread, so sqlite3 need not insist on the one that opened it
-            self.db = sqlite3.connect(folder / DATABASE, isolation_level=None, check_same_thread=False)
-            self.db.row_factory = sqlite3.Row
-            self.db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON")
+            self._db = sqlite3.connect(folder / DATABASE, timeout=LOCKED_S, isolation_level=None, check_same_thread=False)
+            self._db.row_factory = sqlite3.Row
+            self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON")
             for statement in tables:
-                self.db.execute(statement)
+                self._db.execute(statement)
         except BlockingIOError as error:
             self._unlock()
             raise ResourceError(f"another server keeps its data in {folder}", "give another --data-folder") from error
@@ -54,21 +56,29 @@ class Store:
             self._unlock()
             raise ResourceError(f"the server cannot keep its data in {folder}: {error}", "give another --data-folder") from error
 
+    @property
+    def db(self) -> sqlite3.Connection:
+        """The connection. Raises `ResourceError` where the file is no longer in the folder: what is written then would be lost."""
+        path = self.folder / DATABASE
+        if _identity(path) != self._opened:
+            raise ResourceError(f"the server's database {path} was removed or replaced", "start the server anew; what it kept is lost")
+        return self._db
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """All statements within, or none of them. Not to be held over an `await`."""
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            if self.db.in_transaction:  # a disk that is full has ended it
-                self.db.execute("ROLLBACK")
+            if self._db.in_transaction:  # a disk that is full has ended it
+                self._db.execute("ROLLBACK")
             raise
-        self.db.execute("COMMIT")
 
     def close(self) -> None:
         """Let another server have the folder."""
-        self.db.close()
+        self._db.close()
         self._unlock()
         if self._passing:
             self._passing.cleanup()
@@ -77,6 +87,15 @@ class Store:
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file is there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def owner(caller: tuple[str, ...]) -> str:

@@ -96,6 +96,26 @@ def test_bytes_that_are_no_request(served: Live):
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "first", [b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-type: text/plain\r\n", b"GET /health HTTP/1.1\r\nhost: x\r\n"]
+)
+def test_odd_bytes_after_a_reply(served: Live, caplog: pytest.LogCaptureFixture, first: bytes):
+    """The reply has come before the body, which then makes no sense: there is nothing more to say."""
+    with connected(served) as odd:
+        odd.sendall(first + b"transfer-encoding: chunked\r\n\r\n")
+        assert odd.recv(4096).startswith(b"HTTP/1.1 ")
+        odd.sendall(b"ZZ\r\n")
+        with suppress(ConnectionResetError):
+            assert not b"".join(iter(lambda: odd.recv(4096), b"")).startswith(b"HTTP")
+    assert served.chat().status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_an_upgrade_that_there_is_not(served: Live, caplog: pytest.LogCaptureFixture):
+    reply = served.http.get("/health", headers={"connection": "upgrade", "upgrade": "websocket"})
+    assert reply.status_code == 200 and not caplog.records
+
+
 def test_a_thousand_idle_connections(serve):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 3000:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from herd.errors import ResourceError, UsageError
-from herd.serve.errors import RequestError
+from herd.serve.errors import RequestError, is_locked
 from herd.serve.store import Store
 
 TABLES = (
@@ -49,9 +49,13 @@ class Responses:
 
     def __init__(self, store: Store, max_bytes: int, days: float, clock: Callable[[], float] = time.time) -> None:
         """max_bytes: of all together; 0 keeps none.  days: after its last use a response goes."""
-        self._store, self._db = store, store.db
+        self._store = store
         self._db.execute("PRAGMA secure_delete = ON")  # what goes is overwritten
         self._max_bytes, self._kept_s, self._clock = max_bytes, days * DAY_S, clock
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        return self._store.db
 
     @property
     def keeps_any(self) -> bool:
@@ -121,6 +125,8 @@ class Responses:
                 self._db.executemany("INSERT INTO response_items VALUES (?, ?, ?, ?, ?)", rows)
                 self._make_room(now)
         except sqlite3.Error as error:
+            if is_locked(error):
+                raise
             raise ResourceError(
                 f"the response cannot be stored: {error}", "send store: false, or make room on the server's disk"
             ) from error
