@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -117,6 +118,24 @@ def test_client_goes_away_while_a_line_is_written(count: int):
         with pytest.raises(ClientDisconnect):
             await EventStream(lines(backends, with_usage=False), ServeConfig())({}, goes, stuck)
         assert all(backend.closed.is_set() for backend in backends)
+
+    alone(run())
+
+
+def test_a_failure_that_nobody_reads_holds_nobody_up():
+    async def run() -> None:
+        backend = Script([*words("one")[:1], 0.05, ResourceError("the disk is gone")])
+        sent: list[bytes] = []
+
+        async def full(message: dict[str, Any]) -> None:
+            sent.append(message.get("body", b""))
+            if b"the disk is gone" in sent[-1]:
+                await asyncio.sleep(60)
+
+        scope = {"path": "", "state": {"request_id": "1"}}
+        with pytest.raises(ClientDisconnect):
+            await EventStream(lines([backend], with_usage=False), ServeConfig(ping_s=0.1))(scope, stays, full)
+        assert b"the disk is gone" in sent[-1]
 
     alone(run())
 
