@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from herd.engine.local import Model, load
 from herd.errors import ResourceError
 from herd.model.presets import TINY
+from tests.processes import Forks
 
 # in the background of a shell SIGINT is ignored, and would be in every process that a test starts and sends one
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,6 +60,14 @@ def fetched(dtype: torch.dtype | None) -> Model:
         return load("cria", dtype=dtype, device="cpu", kv_gib=1.0, max_sequences=20)  # as many as test_donor.py asks at once
     except ResourceError as error:
         pytest.skip(f"the default model cannot be fetched: {error.message}")
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts processes, quickly."""
+    started = Forks(tmp_path_factory.mktemp("forks"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")
