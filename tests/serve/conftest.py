@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 
 from herd.chat import Backend
+from herd.engine.local import Local, Model
 from herd.serve.app import Server, bind, make_app
 from herd.serve.config import ServeConfig
 from herd.serve.fetch import Fetcher
+from tests.processes import Fork
 from tests.serve.echo import Echo
 
 
@@ -38,6 +41,23 @@ class Attentive(Server):
         await self.on_tick(0)
         while not self.should_exit:
             await asyncio.sleep(0.005)
+
+
+def client_of(served: Live | Fork, key: str = "none") -> openai.OpenAI:
+    """OpenAI's, which asks once."""
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def refusal(reply: httpx2.Response) -> dict[str, Any]:
+    """The error of a reply that must be a 400."""
+    assert reply.status_code == 400, reply.text
+    error: dict[str, Any] = reply.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    return error
 
 
 @contextmanager
@@ -84,3 +104,16 @@ def served(echo: Echo) -> Iterator[Live]:
     """A server over `echo`, one for all tests of a file."""
     with live(echo, ServeConfig(port=0, max_body_bytes=100_000)) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Model) -> Iterator[Live]:
+    """A server over the tiny model, one for all tests of a file."""
+    with live(Local([tiny])) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tiny_client(engine: Live) -> Iterator[openai.OpenAI]:
+    with client_of(engine) as client:
+        yield client

@@ -25,7 +25,7 @@ from herd.serve.batches.files import Page
 from herd.serve.batches.jobs import BatchBody
 from herd.serve.config import ServeConfig
 from tests.processes import Forks
-from tests.serve.conftest import Live, live
+from tests.serve.conftest import Live, client_of, live
 from tests.serve.echo import Echo
 
 CHAT = "/v1/chat/completions"
@@ -34,10 +34,6 @@ Serve = Callable[..., Live]
 
 def config_of(folder: Path, **more: Any) -> ServeConfig:
     return ServeConfig(port=0, data_folder=folder, drain_s=1, **more)
-
-
-def client_of(running: Live, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0)
 
 
 @pytest.fixture
@@ -310,7 +306,7 @@ def test_kill_9_loses_no_line_and_tells_none_twice(forks: Forks, tmp_path: Path)
     for attempt in range(6):
         with (
             forks.run("tests.serve.echo:serve_echo", 0.01, str(tmp_path)) as server,
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+            client_of(server) as client,
         ):
             batch = batch or submit(client, jsonl(expected))
             if attempt < 5:
