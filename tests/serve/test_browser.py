@@ -425,6 +425,7 @@ def test_context_bar(page: Any, length: int | None, level: str, text: str) -> No
     models = [{"id": "one", "context_length": length}, {"id": "two", "max_model_len": length}]
     page.route("**/v1/models", lambda route: route.fulfill(json={"data": models}))
     page.reload()
+    page.wait_for_selector("body[data-ready]")
     say(page, "a b c")
     replies(page)
     assert page.inner_text("#context-text") == text and page.get_attribute("#context", "data-level") == level
