@@ -1,9 +1,11 @@
 """Fixtures that several folders of tests share."""
 
+import gc
 import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from herd.engine.local import Model, load
 from herd.errors import ResourceError
 from herd.model.presets import TINY
+from tests.processes import Forks
 
 # in the background of a shell SIGINT is ignored, and would be in every process that a test starts and sends one
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: the garbage collector, which many tests call, need not go through a million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +57,17 @@ def exact_cria() -> Model:
 
 def fetched(dtype: torch.dtype | None) -> Model:
     try:
-        return load("cria", dtype=dtype, device="cpu", kv_gib=1.0)
+        return load("cria", dtype=dtype, device="cpu", kv_gib=1.0, max_sequences=20)  # as many as test_donor.py asks at once
     except ResourceError as error:
         pytest.skip(f"the default model cannot be fetched: {error.message}")
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts processes, quickly."""
+    started = Forks(tmp_path_factory.mktemp("forks"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from herd.engine.local import Model
 from herd.engine.pace import LONGEST, SAVED
 from herd.engine.scheduler import Plan
 from herd.engine.sequence import Sequence
+from tests.engine.made import is_clean, make_engine, random_prompt, shrink
 
-from .test_engine import is_clean, make_engine, random_prompt, shrink
 from .test_pace import Machine, paced
 
 

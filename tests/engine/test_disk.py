@@ -27,6 +27,7 @@ from herd.engine import kvfile
 from herd.engine.disk import RETRY_S, DiskStore, fingerprint
 from herd.errors import ResourceError, UsageError
 from herd.model.presets import TINY
+from tests.clock import Clock
 
 from .stored import FINGERPRINT, key_of, parts_of
 
@@ -34,20 +35,9 @@ OTHER = "f" * 32
 PLENTY = 1 << 40
 
 
-class Clock:
-    """Seconds that pass when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        self.now += 1
-        return self.now
-
-
 @contextmanager
 def opened(folder: Path, limit_bytes: int = PLENTY, name: str = FINGERPRINT, **choices: int) -> Iterator[DiskStore]:
-    store = DiskStore(folder, name, limit_bytes, Clock(), **choices)
+    store = DiskStore(folder, name, limit_bytes, Clock(1e6, step=1), **choices)
     try:
         yield store
     finally:

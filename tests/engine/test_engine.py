@@ -2,62 +2,18 @@
 
 import random
 
-import numpy as np
 import pytest
 import torch
 
 from herd.chat import ChatEvent, Done, Progress, Sampling, Text
-from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
 from herd.engine.local import Model
 from herd.engine.sequence import Sequence
 from herd.errors import ContextError, HerdError, PromptError, UsageError
-from herd.text.images import Tiles, image_tokens
 from herd.text.prompt import Prompt
+from tests.engine.made import GREEDY, image_prompt, is_clean, make_engine, plain_prompt, random_prompt
 
 from .greedy import packed_logits
-
-GREEDY = Sampling(temperature=0, top_p=1.0, max_tokens=24)
-
-
-def plain_prompt(tokens: list[int]) -> Prompt:
-    return Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=())
-
-
-def random_prompt(rng: random.Random, length: int) -> Prompt:
-    return plain_prompt([rng.randrange(256) for _ in range(length)])
-
-
-def image_prompt(tiny: Model, rng: random.Random) -> Prompt:
-    """Text, a 1 x 2 image with its global tile, text."""
-    assert tiny.tiling
-    pixels = np.random.default_rng(rng.randrange(1000)).integers(0, 256, (3, 56, 56, 3), dtype=np.uint8)
-    tiles = Tiles(rows=1, cols=2, pixels=pixels)
-    middle = image_tokens(tiles, tiny.tiling, tiny.tokenizer.specials)
-    tokens = [*random_prompt(rng, 9).tokens, *middle, *random_prompt(rng, 7).tokens]
-    return Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=(tiles,))
-
-
-def make_engine(tiny: Model, **choices: int | float) -> Engine:
-    return Engine(tiny.llama4, tiny.tokenizer, EngineConfig(**{"page_tokens": 4, "kv_gib": 0.01, **choices}))
-
-
-def is_clean(engine: Engine) -> bool:
-    """Whether nobody holds a page, and every page is either free or kept."""
-    pools = (engine.pages.full, engine.pages.local)
-    return all(
-        not any(pool.holders) and len({*pool.free, *pool.kept}) == len(pool.free) + len(pool.kept) == pool.num_pages for pool in pools
-    )
-
-
-def shrink(engine: Engine, full: int, local: int) -> None:
-    """Leave so few pages, in random order, that sequences must give way."""
-    for pool, count in ((engine.pages.full, full), (engine.pages.local, local)):
-        pages = list(pool.free)
-        random.Random(0).shuffle(pages)
-        pool.free.clear()
-        pool.free.extend(pages[:count])
-        pool.num_pages = len(pool.free)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -17,7 +17,8 @@ from herd.ops import pick
 from herd.ops.int4 import Kind
 from herd.text.prompt import Prompt
 from herd.text.tokenizer import byte_tokenizer
-from tests.engine.test_whole import FAMILY, blocks_model, logits_of, start
+from tests.engine.made import blocks_model, logits_of, start
+from tests.engine.test_whole import FAMILY
 
 pytestmark = pytest.mark.gpu
 

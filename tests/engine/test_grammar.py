@@ -16,10 +16,10 @@ from herd.engine.grammar import Grammar, Grammars
 from herd.engine.local import Local, Model
 from herd.errors import HerdError, UsageError
 from herd.text.tokenizer import Tokenizer, byte_tokenizer
+from tests.engine.made import GREEDY, make_engine, plain_prompt
 from tests.text.conftest import donor, llama4  # noqa: F401
 
 from .scripted import EOT, say
-from .test_engine import GREEDY, make_engine, plain_prompt
 
 SCHEMA = {
     "type": "object",

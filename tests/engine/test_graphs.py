@@ -14,7 +14,7 @@ from herd.model.config import ModelConfig
 from herd.model.init import init_weights
 from herd.model.llama4 import build
 from herd.model.presets import TINY
-from tests.engine.test_whole import logits_of, start
+from tests.engine.made import logits_of, start
 
 SCOUT = replace(TINY, vision=None)
 FAMILY = {

@@ -15,7 +15,7 @@ from herd.chat import ChatRequest, Done, Message, Sampling, Text
 from herd.engine.local import Local, Model
 from herd.engine.opening import short_name
 from herd.errors import ContextError, HerdError, ModelNotFound, PromptError, UsageError
-from herd.text.prompt import Prompt
+from tests.engine.made import plain_prompt
 
 from .greedy import greedy_reply, packed_logits
 
@@ -30,14 +30,10 @@ def is_idle(model: Model) -> bool:
     return False
 
 
-def plain(tokens: list[int]) -> Prompt:
-    return Prompt(tokens=tokens, loss_mask=[False] * len(tokens), images=())
-
-
 def test_generate_is_the_greedy_reply(tiny: Model) -> None:
     reply = tiny.generate("Hello", temperature=0, max_tokens=20)
     pieces = list(reply)
-    want = greedy_reply(tiny, plain([tiny.config.bos_id or 0, *b"Hello"]), 20)
+    want = greedy_reply(tiny, plain_prompt([tiny.config.bos_id or 0, *b"Hello"]), 20)
     assert list(reply.tokens) == want
     assert "".join(pieces) == reply.text and reply.done
 
@@ -90,7 +86,7 @@ def test_many_readers_at_once(tiny: Model) -> None:
     prompts = [f"prompt number {i}" for i in range(30)]
     replies = [tiny.generate(prompt, temperature=0, max_tokens=16) for prompt in prompts]
     for prompt, reply in zip(prompts, replies, strict=True):
-        assert list(reply.tokens) == greedy_reply(tiny, plain([256, *prompt.encode()]), 16)
+        assert list(reply.tokens) == greedy_reply(tiny, plain_prompt([256, *prompt.encode()]), 16)
     assert is_idle(tiny)
 
 

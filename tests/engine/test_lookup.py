@@ -18,10 +18,9 @@ from herd.errors import UsageError
 from herd.model.init import init_weights
 from herd.model.llama4 import build
 from herd.ops.native import kernels
+from tests.engine.made import blocks_model, is_clean, make_engine, plain_prompt, start
 from tests.engine.test_graphs import SCOUT, traced
-from tests.engine.test_whole import FAMILY, blocks_model, start
-
-from .test_engine import is_clean, make_engine, plain_prompt
+from tests.engine.test_whole import FAMILY
 
 
 def plain_run(tokens: list[int]) -> tuple[int, int]:

@@ -30,8 +30,7 @@ from herd.model.presets import SCOUT, TINY
 from herd.ops.native import kernels
 from herd.text.prompt import Prompt
 from herd.text.tokenizer import byte_tokenizer
-
-from .test_whole import blocks_model
+from tests.engine.made import blocks_model
 
 CONFIG = replace(
     TINY, width=128, num_heads=4, num_kv_heads=2, head_width=32, hidden_width=96, dense_width=96, vision=None, context_tokens=8192

@@ -12,10 +12,11 @@ from herd.engine.engine import Engine
 from herd.engine.mean import Mean
 from herd.text.prompt import Prompt
 from herd.text.tokenizer import byte_tokenizer
+from tests.engine.made import blocks_model
 from tests.model.small import FAMILIES, random_model
 from tests.model.transformers_model import transformers_model
 
-from .test_whole import SMALL, blocks_model
+from .test_whole import SMALL
 
 LENGTHS = [1, 2, 15, 16, 17, 40, 70]
 

@@ -24,8 +24,7 @@ from herd.ops.native import kernels
 from herd.text.prompt import Prompt
 from herd.text.stream import Detokenizer
 from herd.text.tokenizer import byte_tokenizer
-
-from .test_whole import blocks_model
+from tests.engine.made import blocks_model
 
 CASES = {
     "scout": (SCOUT, 131_072),

@@ -15,9 +15,9 @@ from herd.engine.pace import ALONE, LEAST_EARNED, LONGEST, SAVED, Pace
 from herd.engine.scheduler import Plan
 from herd.engine.sequence import Sequence
 from herd.errors import UsageError
+from tests.engine.made import random_prompt
 
 from .greedy import greedy_reply
-from .test_engine import random_prompt
 
 
 @dataclass

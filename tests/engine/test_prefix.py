@@ -17,10 +17,9 @@ from herd.model.llama4 import build
 from herd.model.presets import TINY
 from herd.text.images import Tiles
 from herd.text.prompt import Prompt
-from tests.engine.test_whole import start
+from tests.engine.made import GREEDY, image_prompt, is_clean, make_engine, plain_prompt, random_prompt, start
 
 from .greedy import greedy_reply
-from .test_engine import GREEDY, image_prompt, is_clean, make_engine, plain_prompt, random_prompt
 
 CHUNK, PAGE = 16, 4
 

@@ -22,20 +22,13 @@ from herd.engine.opening import open_engine
 from herd.engine.resident import Resident
 from herd.errors import HerdError, UsageError
 from herd.ops.native import kernels
+from tests.clock import until
 from tests.serve.conftest import live
 
 from .greedy import greedy_reply
-from .test_local import plain
+from .made import plain_prompt
 
 SMALL = EngineConfig(kv_gib=0.01)
-
-
-def until(condition: Callable[[], bool]) -> bool:
-    """Whether it comes true within a few seconds."""
-    end = time.monotonic() + 10
-    while not (found := condition()) and time.monotonic() < end:
-        time.sleep(0.01)
-    return found
 
 
 class Opener:
@@ -83,7 +76,7 @@ def test_what_was_unloaded_comes_back_and_answers_the_same(opened: Callable[...,
     model = opened(opener := Opener())
     assert (model.state, model.stats(), opener.num_made) == ("unloaded", None, 0)
     want = model.generate("Hello", temperature=0, max_tokens=20).tokens
-    assert list(want) == greedy_reply(model, plain([256, *b"Hello"]), 20)
+    assert list(want) == greedy_reply(model, plain_prompt([256, *b"Hello"]), 20)
     assert model.state == "loaded" and model.stats() and opener.num_made == 1
     for _ in range(2):
         assert model.unload() and model.unload()

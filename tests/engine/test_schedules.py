@@ -27,10 +27,10 @@ from herd.ops.native import kernels
 from herd.text.images import Tiles
 from herd.text.prompt import Prompt
 from herd.text.tokenizer import byte_tokenizer
-from tests.engine.test_whole import SMALL, blocks_model
+from tests.engine.made import GREEDY, blocks_model, image_prompt, is_clean, make_engine, plain_prompt, random_prompt, shrink
+from tests.engine.test_whole import SMALL
 
 from .greedy import greedy_reply, packed_mean
-from .test_engine import GREEDY, image_prompt, is_clean, make_engine, plain_prompt, random_prompt, shrink
 from .test_lookup import Oracle
 
 CONTEXT, CHUNK = 112, 16

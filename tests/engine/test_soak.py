@@ -40,11 +40,11 @@ from herd.engine.sequence import Sequence
 from herd.engine.stats import Stats
 from herd.errors import ContextError
 from herd.ops.native import kernels
+from tests.clock import until
+from tests.engine.made import is_clean
 from tests.serve.conftest import live
 
 from .greedy import greedy_reply
-from .test_engine import is_clean
-from .test_resident import until
 
 SECONDS = float(os.environ.get("SOAK_S", "2"))
 WINDOW_S = min(60.0, max(0.5, SECONDS / 60))

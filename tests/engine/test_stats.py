@@ -13,8 +13,7 @@ from herd.engine.config import EngineConfig
 from herd.engine.engine import Engine
 from herd.engine.local import Model
 from herd.errors import HerdError
-
-from .test_engine import make_engine, plain_prompt, shrink
+from tests.engine.made import make_engine, plain_prompt, shrink
 
 
 def test_pages_add_up_at_every_step(tiny: Model) -> None:

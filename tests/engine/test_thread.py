@@ -12,8 +12,7 @@ from herd.engine.local import Model
 from herd.engine.scheduler import Plan
 from herd.engine.sequence import Sequence
 from herd.engine.thread import EngineThread
-
-from .test_engine import is_clean, make_engine, random_prompt
+from tests.engine.made import is_clean, make_engine, random_prompt
 
 WAIT_S = 10.0
 

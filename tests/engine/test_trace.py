@@ -22,8 +22,7 @@ from herd.engine.engine import Engine
 from herd.engine.local import Model
 from herd.engine.trace import TraceFile
 from herd.errors import HerdError, UsageError
-
-from .test_engine import make_engine, plain_prompt, shrink
+from tests.engine.made import make_engine, plain_prompt, shrink
 
 Event = dict[str, Any]
 PARTS = ("plan", "see", "run", "sample", "accept")

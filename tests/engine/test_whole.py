@@ -2,27 +2,17 @@
 
 import random
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from herd.chat import Sampling
-from herd.engine.config import EngineConfig
-from herd.engine.engine import Engine
-from herd.engine.sequence import Sequence
 from herd.errors import HerdError
-from herd.model.config import ModelConfig
-from herd.model.init import init_weights
-from herd.model.llama4 import Llama4, build
 from herd.model.presets import TINY
-from herd.model.swap import hold_blocks
 from herd.ops.int4 import kind_of
 from herd.ops.native import kernels
 from herd.ops.pick import blocks_linear
-from herd.quant.int4 import quantize_int4, quantize_int8
-from herd.text.prompt import Prompt
-from herd.text.tokenizer import byte_tokenizer
+from herd.quant.int4 import quantize_int8
+from tests.engine.made import blocks_model, logits_of, start
 
 SMALL = replace(TINY, width=128, head_width=32, hidden_width=96, dense_width=160, vision=None)
 FAMILY = {
@@ -34,54 +24,6 @@ FAMILY = {
 }
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the native kernels are not built here")
-
-
-def blocks_model(config: ModelConfig, seed: int = 0, activation_bits: int = 16) -> Llama4:
-    """A random model whose matrices are blocks, embedding and head 8-bit."""
-    values = {name: tensor.clone() for name, tensor in init_weights(build(config, device="cpu"), seed, std=0.15).state_dict().items()}
-    blocks = {}
-    for name in values:
-        if name in ("embed.weight", "head.weight"):
-            blocks[name] = quantize_int8(values[name])
-        elif name.startswith("layers.") and "norm" not in name and "router" not in name:
-            blocks[name] = quantize_int4(values[name], with_minimum="attention" in name)
-    model = build(config)
-    hold_blocks(model, blocks, activation_bits)
-    model.load_state_dict(values | blocks, assign=True)
-    return model
-
-
-def logits_of(engine: Engine, sequences: list[Sequence], cuts: random.Random | None) -> dict[Sequence, list[torch.Tensor]]:
-    """Run to the end; the logits of every drawn token. cuts: choose a new size for every step."""
-    seen: dict[Sequence, list[torch.Tensor]] = {s: [] for s in sequences}
-    for sequence in sequences:
-        engine.scheduler.add(sequence)
-    runner = engine.runner
-
-    class Spy:
-        def see(self, plan):  # type: ignore[no-untyped-def]
-            self.plan = plan
-
-        def __call__(self, inputs):  # type: ignore[no-untyped-def]
-            logits = runner(inputs)
-            for piece, row in zip(self.plan.due, logits, strict=True):  # without drafts
-                seen[piece.sequence].append(row.clone())
-            return logits
-
-    engine.runner = Spy()  # type: ignore[assignment]
-    while not engine.scheduler.is_idle:
-        if cuts:
-            object.__setattr__(engine.config, "step_tokens", cuts.randint(4, 40))
-        engine.step()
-    return seen
-
-
-def start(model: Llama4, prompts: list[list[int]], max_tokens: int = 10, **choices: Any) -> tuple[Engine, list[Sequence]]:
-    engine = Engine(
-        model, byte_tokenizer(), EngineConfig(**{"page_tokens": 4, "kv_gib": 0.02, "max_sequences": 4, "draft_tokens": 0, **choices})
-    )
-    sampling = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    return engine, [engine.sequence(Prompt(tokens=p, loss_mask=[False] * len(p)), sampling, lambda event: None) for p in prompts]
 
 
 @pytest.mark.parametrize("name", FAMILY)

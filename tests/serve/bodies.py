@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
 from herd.serve.wire import Wire
-from tests.serve.test_api import IMAGE
+from tests.serve.samples import IMAGE
 
 DEEP = 10_000
 STRINGS = (

@@ -1,5 +1,6 @@
 """A real server on a free port of this machine, in a thread, for the length of a test."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -7,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 
 from herd.chat import Backend
+from herd.engine.local import Local, Model
 from herd.serve.app import Server, bind, make_app
 from herd.serve.config import ServeConfig
 from herd.serve.fetch import Fetcher
+from tests.processes import Fork
 from tests.serve.echo import Echo
 
 
@@ -30,6 +34,32 @@ class Live:
         return self.http.post("/v1/chat/completions", json=body)
 
 
+class Attentive(Server):
+    """herd's server, which looks every few milliseconds whether it shall stop; uvicorn does every tenth of a second, which adds up."""
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        while not self.should_exit:
+            await asyncio.sleep(0.005)
+
+
+def client_of(served: Live | Fork, key: str = "none") -> openai.OpenAI:
+    """OpenAI's, which asks once."""
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def refusal(reply: httpx2.Response) -> dict[str, Any]:
+    """The error of a reply that must be a 400."""
+    assert reply.status_code == 400, reply.text
+    error: dict[str, Any] = reply.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    return error
+
+
 @contextmanager
 def live(
     backend: Backend,
@@ -44,7 +74,7 @@ def live(
     urls: list[str] = []
     ready = threading.Event()
     app = make_app(backend, config, is_healthy=is_healthy, states=states, stats=stats, fetcher=fetcher)
-    server = Server(app, config, lambda url: (urls.append(url), ready.set()))
+    server = Attentive(app, config, lambda url: (urls.append(url), ready.set()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     assert ready.wait(10), "the server did not start"
@@ -74,3 +104,16 @@ def served(echo: Echo) -> Iterator[Live]:
     """A server over `echo`, one for all tests of a file."""
     with live(echo, ServeConfig(port=0, max_body_bytes=100_000)) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Model) -> Iterator[Live]:
+    """A server over the tiny model, one for all tests of a file."""
+    with live(Local([tiny])) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tiny_client(engine: Live) -> Iterator[openai.OpenAI]:
+    with client_of(engine) as client:
+        yield client

@@ -2,10 +2,14 @@
 
 import asyncio
 import re
+import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from herd.chat import ChatEvent, ChatRequest, Done, Text, Usage
+from herd.serve.app import bind, make_app, run
+from herd.serve.config import ServeConfig
 
 
 class Echo:
@@ -65,3 +69,15 @@ class Script:
 def words(*texts: str) -> list[ChatEvent]:
     """The events of a reply."""
     return [*(Text(text=text) for text in texts), Done(reason="stop", usage=Usage(prompt_tokens=3, completion_tokens=len(texts)))]
+
+
+def serve_echo(word_s: float, data_folder: str | None = None) -> None:
+    """A server over `Echo`, for a process of its own: it tells its address, and in the end that it has stopped."""
+    config = ServeConfig(port=0, drain_s=1, data_folder=Path(data_folder) if data_folder else None)
+    run(make_app(Echo(word_s=word_s), config), bind(config), config, ready=_say)
+    _say("stopped")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

@@ -1,24 +1,22 @@
 """OpenAI's own client against a real server: what it sends is understood, what comes back it understands."""
 
 import asyncio
-import base64
 import json
 
 import openai
 import pytest
 
 from herd.chat import Image
-from tests.serve.conftest import Live
+from tests.serve.conftest import Live, client_of
 from tests.serve.echo import Echo, Script, words
+from tests.serve.samples import IMAGE, PIXEL
 
-PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
-IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(PIXEL).decode(), "detail": "low"}}
 HELLO = [{"role": "user", "content": "one two three"}]
 
 
 @pytest.fixture
 def client(served: Live):
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+    with client_of(served) as client:
         yield client
 
 

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from herd.errors import ResourceError, UsageError
 from herd.serve.app import bind
 from herd.serve.config import ServeConfig
+from tests.processes import Forks
 from tests.serve.conftest import Live
 from tests.serve.echo import Echo, Script
 
@@ -115,39 +115,23 @@ def test_config_out_of_range(choice: dict[str, int]):
     assert caught.value.param in choice
 
 
-SERVER = """
-from tests.serve.echo import Echo
-from herd.serve.app import bind, make_app, run
-from herd.serve.config import ServeConfig
-config = ServeConfig(port=0, drain_s=1)
-run(make_app(Echo(word_s=0.05), config), bind(config), config, ready=lambda url: print(url, flush=True))
-print("stopped")
-"""
-
-
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_the_server_in_good_order(stop: signal.Signals):
+def test_signal_ends_the_server_in_good_order(forks: Forks, stop: signal.Signals):
     """A short reply is finished, a long one is told, and the process goes on after `run`."""
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            url = process.stdout.readline().strip()
-            with (
-                httpx2.Client(base_url=url, timeout=10) as http,
-                stream(http, "short " * 10) as short,
-                stream(http, "long " * 1000) as long,
-            ):
-                lines = [short.iter_lines(), long.iter_lines()]
-                assert all("assistant" in next(line) for line in lines)
-                process.send_signal(stop)
-                assert [line for line in lines[0] if line][-1] == "data: [DONE]"
-                last = json.loads([line for line in lines[1] if line][-1][6:])
-                assert last["error"]["message"] == "the server is stopping. Hint: send the request again"
-            assert process.wait(10) == 0
-            assert process.stdout.read() == "stopped\n"
-            assert "Traceback" not in process.stderr.read()
-        finally:
-            process.kill()
+    with (
+        forks.run("tests.serve.echo:serve_echo", 0.05) as server,
+        httpx2.Client(base_url=server.url, timeout=10) as http,
+        stream(http, "short " * 10) as short,
+        stream(http, "long " * 1000) as long,
+    ):
+        lines = [short.iter_lines(), long.iter_lines()]
+        assert all("assistant" in next(line) for line in lines)
+        server.send_signal(stop)
+        assert [line for line in lines[0] if line][-1] == "data: [DONE]"
+        last = json.loads([line for line in lines[1] if line][-1][6:])
+        assert last["error"]["message"] == "the server is stopping. Hint: send the request again"
+        assert server.wait(10) == 0
+        assert server.out.endswith("\nstopped\n") and "Traceback" not in server.err
 
 
 def stream(http: httpx2.Client, text: str):

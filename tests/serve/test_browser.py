@@ -42,7 +42,7 @@ class Moody(Echo):
 def chromium() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 
@@ -58,18 +58,29 @@ def site(backend: Moody) -> Iterator[Live]:
         yield running
 
 
-@pytest.fixture
-def page(chromium: Any, site: Live) -> Iterator[Any]:
-    """A new profile, and at the end of the test no script has failed."""
+@pytest.fixture(scope="module")
+def profile(chromium: Any, site: Live) -> Iterator[Any]:
+    """A profile with one tab, which stays open so that those of the tests find a process that is warm."""
     context = chromium.new_context(viewport={"width": 1100, "height": 800})
-    page = context.new_page()
+    context.new_page().goto(f"{site.url}/metrics")
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(profile: Any, site: Live) -> Iterator[Any]:
+    """A new tab of a profile that has kept nothing, and at the end of the test no script has failed."""
+    page = profile.new_page()
     failures: list[str] = []
     page.on("pageerror", lambda error: failures.append(str(error)))
     page.on("dialog", lambda dialog: (failures.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     page.set_default_timeout(5000)
     visit(page, site)
     yield page
-    context.close()
+    first, *others = profile.pages
+    for other in others:
+        other.close()
+    profile.new_cdp_session(first).send("Storage.clearDataForOrigin", {"origin": site.url, "storageTypes": "all"})
     assert failures == []
 
 
@@ -414,6 +425,7 @@ def test_context_bar(page: Any, length: int | None, level: str, text: str) -> No
     models = [{"id": "one", "context_length": length}, {"id": "two", "max_model_len": length}]
     page.route("**/v1/models", lambda route: route.fulfill(json={"data": models}))
     page.reload()
+    page.wait_for_selector("body[data-ready]")
     say(page, "a b c")
     replies(page)
     assert page.inner_text("#context-text") == text and page.get_attribute("#context", "data-level") == level

@@ -13,7 +13,7 @@ from herd.engine.local import Local, Model
 from herd.errors import HerdError
 from herd.serve.choices import side_by_side
 from herd.serve.request import nth
-from tests.serve.conftest import live
+from tests.serve.conftest import client_of, live
 from tests.serve.echo import Script, words
 
 LONG = "a prompt over several pages of the cache, so that its replies have something to share, and a few words more"
@@ -22,7 +22,7 @@ HELLO = [{"role": "user", "content": LONG}]
 
 @pytest.fixture(scope="module")
 def client(tiny: Model) -> Iterator[openai.OpenAI]:
-    with live(Local([tiny])) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with live(Local([tiny])) as server, client_of(server) as client:
         yield client
 
 

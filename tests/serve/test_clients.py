@@ -6,13 +6,9 @@ What the fields mean is tested beside (test_api.py, test_tools.py, test_messages
 import asyncio
 import json
 import os
-import re
-import select
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +20,7 @@ from pydantic import BaseModel
 
 from herd.checkpoint.store import resolve
 from herd.errors import HerdError
+from tests.processes import serving
 
 pytestmark = pytest.mark.weights
 
@@ -31,7 +28,6 @@ HELLO: list[Any] = [{"role": "user", "content": "What is the capital of France?"
 CITY = {"type": "string", "enum": ["Paris", "Oslo"]}
 PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
 TOOL: Any = {"type": "function", "function": {"name": "get_weather", "description": "Tells the weather.", "parameters": PARAMETERS}}
-START_S = 120.0
 
 
 class Weather(BaseModel):
@@ -42,34 +38,14 @@ class Weather(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url() -> Iterator[str]:
     """The address of a server process, one for all of this file."""
     try:
         resolve("cria")
     except HerdError as error:
         pytest.skip(f"the default model cannot be fetched: {error.message}")
-    log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
-    command = [sys.executable, "-m", "herd.cli.main", "serve", "cria", "--port", "0", "--kv-gib", "1"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    try:
-        yield _address(server, log.name)
-    finally:
-        server.send_signal(signal.SIGINT)
-        assert server.wait(30) in (0, 130)
-        assert server.stdout
-        server.stdout.close()
-        log.close()
-
-
-def _address(server: "subprocess.Popen[str]", log: str) -> str:
-    end, said = time.monotonic() + START_S, ""
-    assert server.stdout
-    while time.monotonic() < end and server.poll() is None:
-        if select.select([server.stdout], [], [], 1.0)[0]:
-            said += os.read(server.stdout.fileno(), 65536).decode()
-            if found := re.search(r"(http://127\.0\.0\.1:\d+)/v1", said):
-                return found[1]
-    pytest.fail(f"the server did not start: {said}\n{Path(log).read_text()}")
+    with serving("cria", "--kv-gib", "1") as (_, url):
+        yield url
 
 
 @pytest.fixture(scope="module")

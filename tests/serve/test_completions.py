@@ -2,31 +2,18 @@
 
 import json
 import typing
-from collections.abc import Iterator
 
 import openai
 import pytest
 from openai.types import completion_create_params as openai_params
 
 from herd.chat import Drawn, Message
-from herd.engine.local import Local, Model
+from herd.engine.local import Model
 from herd.serve.completions import CompletionBody, Table, _name
-from tests.serve.conftest import Live, live
-from tests.serve.test_schema import EXTENSIONS, OF_RIVALS
+from tests.serve.conftest import Live
+from tests.serve.samples import EXTENSIONS, OF_RIVALS
 
 ASKED = {"model": "tiny", "temperature": 0, "max_tokens": 8}
-
-
-@pytest.fixture(scope="module")
-def engine(tiny: Model) -> Iterator[Live]:
-    with live(Local([tiny])) as running:
-        yield running
-
-
-@pytest.fixture
-def client(engine: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_every_openai_field_is_in_one_group():
@@ -38,45 +25,45 @@ def test_every_openai_field_is_in_one_group():
     assert known == (fields | more) - {"return_progress"}  # which chat completions alone have
 
 
-def test_texts_and_tokens(tiny: Model, client: openai.OpenAI):
+def test_texts_and_tokens(tiny: Model, tiny_client: openai.OpenAI):
     first, second = (tiny.generate(text, temperature=0, max_tokens=8) for text in ("once upon", "a time"))
     tokens = [256, *tiny.tokenizer.encode("once upon")]
     for prompt in ("once upon", tokens, [tokens], ["once upon"]):
-        reply = client.completions.create(**ASKED, prompt=prompt)
+        reply = tiny_client.completions.create(**ASKED, prompt=prompt)
         assert [choice.text for choice in reply.choices] == [first.text]
-    reply = client.completions.create(**ASKED, prompt=["once upon", "a time"])
+    reply = tiny_client.completions.create(**ASKED, prompt=["once upon", "a time"])
     assert reply.object == "text_completion" and reply.id.startswith("cmpl-")
     assert [(choice.index, choice.text) for choice in reply.choices] == [(0, first.text), (1, second.text)]
     assert reply.choices[0].finish_reason == first.done.reason
     assert reply.usage.prompt_tokens == len(tokens) + 7
-    assert len(client.completions.create(model="tiny", prompt="x", extra_body={"ignore_eos": True}).choices[0].text.encode()) <= 48
+    assert len(tiny_client.completions.create(model="tiny", prompt="x", extra_body={"ignore_eos": True}).choices[0].text.encode()) <= 48
 
 
-def test_streams_echo_and_n(client: openai.OpenAI):
+def test_streams_echo_and_n(tiny_client: openai.OpenAI):
     asked = {"model": "tiny", "prompt": ["once", [256, 97]], "n": 2, "seed": 3, "max_tokens": 6, "temperature": 1}
-    whole = client.completions.create(**asked, echo=True)
+    whole = tiny_client.completions.create(**asked, echo=True)
     texts = ["", "", "", ""]
-    for chunk in client.completions.create(**asked, echo=True, stream=True, stream_options={"include_usage": True}):
+    for chunk in tiny_client.completions.create(**asked, echo=True, stream=True, stream_options={"include_usage": True}):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert [choice.text for choice in whole.choices] == texts
     assert [text[:4] for text in texts[:2]] == ["once"] * 2 and all(text.startswith("<|begin_of_text|>a") for text in texts[2:])
     assert chunk.usage.prompt_tokens == whole.usage.prompt_tokens == 5 + 2
-    plain = client.completions.create(**asked)
+    plain = tiny_client.completions.create(**asked)
     assert [choice.text for choice in plain.choices] == [texts[0][4:], texts[1][4:], *(text[18:] for text in texts[2:])]
 
 
-def test_logprobs(tiny: Model, client: openai.OpenAI):
+def test_logprobs(tiny: Model, tiny_client: openai.OpenAI):
     expected = tiny.generate("once", temperature=0, max_tokens=8, logprobs=2).whole.drawn
-    told = client.completions.create(**ASKED, prompt="once", logprobs=2).choices[0].logprobs
+    told = tiny_client.completions.create(**ASKED, prompt="once", logprobs=2).choices[0].logprobs
     assert told.token_logprobs == pytest.approx([drawn.logprob for drawn in expected], abs=1e-4)
     assert [set(top) for top in told.top_logprobs] == [{_name(top.data) for top in drawn.top} for drawn in expected]
     assert told.text_offset[0] == 0
-    chunks = list(client.completions.create(**ASKED, prompt="once", logprobs=2, stream=True))
+    chunks = list(tiny_client.completions.create(**ASKED, prompt="once", logprobs=2, stream=True))
     tables = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
     assert [token for table in tables for token in table.tokens] == told.tokens
     assert [offset for table in tables for offset in table.text_offset] == told.text_offset
-    [alone] = client.completions.create(**{**ASKED, "max_tokens": 1}, prompt="once", logprobs=0).choices
+    [alone] = tiny_client.completions.create(**{**ASKED, "max_tokens": 1}, prompt="once", logprobs=0).choices
     assert alone.logprobs.top_logprobs == [dict(zip(alone.logprobs.tokens, alone.logprobs.token_logprobs, strict=True))]
 
 

@@ -1,7 +1,7 @@
 """One scope for every reply: what happens in it when the work ends, fails, or has nobody left to work for."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -16,17 +16,13 @@ from herd.serve.metrics import Metrics
 from herd.serve.replies import chunks
 from herd.serve.sse import EventStream
 from tests.serve.echo import Script, words
+from tests.serve.loops import alone, goes
 
 REPLY = {"id": "chatcmpl-1", "created": 1, "model": "echo"}
 
 
 async def stays() -> dict[str, str]:
     await asyncio.sleep(60)
-    return {"type": "http.disconnect"}
-
-
-async def goes() -> dict[str, str]:
-    await asyncio.sleep(0.05)
     return {"type": "http.disconnect"}
 
 
@@ -41,17 +37,6 @@ class Work:
         finally:
             await asyncio.sleep(0.05)
             self.is_clean = True
-
-
-def alone(main: Coroutine[None, None, None]) -> None:
-    """Run it and see that it leaves no task behind."""
-
-    async def run() -> None:
-        await main
-        await asyncio.sleep(0)
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-
-    asyncio.run(run())
 
 
 def test_result_and_failure_pass_through():

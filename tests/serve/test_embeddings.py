@@ -4,7 +4,6 @@ import asyncio
 import base64
 import struct
 import typing
-from collections.abc import Iterator
 
 import openai
 import pytest
@@ -15,22 +14,10 @@ from herd.engine.local import Local, Model
 from herd.serve.config import ServeConfig
 from herd.serve.embeddings import EmbeddingBody
 from tests.engine.greedy import packed_mean
-from tests.engine.test_engine import plain_prompt
+from tests.engine.made import plain_prompt
 from tests.serve.conftest import Live, live
 
 TEXTS = ["once upon a time", "é", "x" * 300]
-
-
-@pytest.fixture(scope="module")
-def engine(tiny: Model) -> Iterator[Live]:
-    with live(Local([tiny])) as running:
-        yield running
-
-
-@pytest.fixture
-def client(engine: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{engine.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_every_openai_field_is_in_one_group() -> None:
@@ -40,12 +27,12 @@ def test_every_openai_field_is_in_one_group() -> None:
     assert known == set(typing.get_type_hints(openai_params.EmbeddingCreateParams))
 
 
-def test_texts_and_tokens(tiny: Model, client: openai.OpenAI) -> None:
+def test_texts_and_tokens(tiny: Model, tiny_client: openai.OpenAI) -> None:
     tokens = [[256, *text.encode()] for text in TEXTS]
     want = [packed_mean(tiny, plain_prompt(ids)) for ids in tokens]
     for given in (TEXTS, tokens):
         for form in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
-            reply = client.embeddings.create(model="tiny", input=given, **form)
+            reply = tiny_client.embeddings.create(model="tiny", input=given, **form)
             assert [one.index for one in reply.data] == [0, 1, 2] and reply.object == "list" and reply.model == "tiny"
             assert reply.usage.prompt_tokens == reply.usage.total_tokens == sum(map(len, tokens))
             for one, vector in zip(reply.data, want, strict=True):
@@ -54,7 +41,7 @@ def test_texts_and_tokens(tiny: Model, client: openai.OpenAI) -> None:
                     found = struct.unpack(f"<{len(vector)}f", base64.b64decode(found))
                 torch.testing.assert_close(torch.tensor(found), vector, atol=1e-5, rtol=0)
     for given, at in ((TEXTS[0], 0), (tokens[1], 1)):
-        reply = client.embeddings.create(model="tiny", input=given, dimensions=len(want[0]), user="ann")
+        reply = tiny_client.embeddings.create(model="tiny", input=given, dimensions=len(want[0]), user="ann")
         torch.testing.assert_close(torch.tensor(reply.data[0].embedding), want[at], atol=1e-5, rtol=0)
 
 

@@ -19,8 +19,9 @@ from herd.serve.config import ServeConfig
 from herd.serve.fetch import Fetcher, addresses, is_public
 from herd.serve.messages import MessagesBody
 from herd.serve.schema import ChatBody
+from tests.serve.conftest import client_of
 from tests.serve.echo import Echo
-from tests.serve.test_api import PIXEL
+from tests.serve.samples import PIXEL
 
 PRIVATE = [
     *("127.0.0.1", "127.255.255.254", "0.0.0.0", "0.1.2.3", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.169.254"),
@@ -243,7 +244,7 @@ def test_all_apis(serve, outside: Site):
     echo = Echo()
     served = serve(echo, fetcher=fetcher(outside))
     url = f"http://localhost:{outside.port}/image"
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+    with client_of(served) as client:
         content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what"}]
         client.chat.completions.create(model="echo", messages=[{"role": "user", "content": content}])
         assert echo.requests[-1].messages[0].content == (Image(data=PIXEL), "what")

@@ -23,8 +23,8 @@ from herd.chat import ChatEvent, ChatRequest, Done, Embedding, Text, TextRequest
 from herd.engine.local import Local, load
 from herd.serve.app import make_app
 from herd.serve.config import ServeConfig
-from tests.engine.test_engine import is_clean
-from tests.engine.test_resident import until
+from tests.clock import until
+from tests.engine.made import is_clean
 from tests.serve.bodies import Bodies, forms
 from tests.serve.conftest import live
 from tests.serve.echo import Echo

@@ -1,12 +1,11 @@
 """What a server of the default model takes: memory, which two of them share, and the time to its first token. Read from /proc."""
 
 import json
-import re
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from herd.checkpoint.store import home
 from herd.engine.local import Model
+from tests.processes import serving
 
 pytestmark = [pytest.mark.weights, pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")]
 
@@ -24,7 +24,7 @@ KV_GIB = 0.05
 class Server:
     """A running `herd serve`."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     url: str
     seconds: float  # from its start to the first token of its first reply
 
@@ -51,34 +51,19 @@ def ask(url: str, max_tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def started() -> Server:
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "herd.cli.main", "serve", "cria", "--port", "0", "--kv-gib", str(KV_GIB)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout
-    for line in process.stdout:
-        if found := re.search(r"http://\S+(?=/v1)", line):
-            ask(found[0], 1)
-            return Server(process, found[0], time.perf_counter() - start)
-    raise AssertionError("the server ended")
-
-
 @pytest.fixture(scope="module")
 def servers(cria: Model) -> Iterator[list[Server]]:
     """Two servers, one started after the other, which have each answered."""
     del cria  # it is here, so that the servers need not fetch it
     running: list[Server] = []
-    try:
+    with ExitStack() as stack:
         for _ in range(2):
-            running.append(started())
-            ask(running[-1].url, 200)
+            start = time.perf_counter()
+            process, url = stack.enter_context(serving("cria", "--kv-gib", str(KV_GIB)))
+            ask(url, 1)
+            running.append(Server(process, url, time.perf_counter() - start))
+            ask(url, 200)
         yield running
-    finally:
-        for server in running:
-            server.process.terminate()
-            server.process.wait(30)
-            assert server.process.stdout
-            server.process.stdout.close()
 
 
 def test_a_server_takes_the_models_file_and_little_more(servers: list[Server]) -> None:

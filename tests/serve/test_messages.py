@@ -14,8 +14,7 @@ from herd.errors import HerdError
 from herd.serve.messages import CountBody, MessagesBody
 from tests.serve.conftest import Live, live
 from tests.serve.echo import Echo, Script
-from tests.serve.test_api import IMAGE, PIXEL
-from tests.serve.test_tools import STEPS
+from tests.serve.samples import IMAGE, PIXEL, STEPS
 
 HELLO = [{"role": "user", "content": "one two three"}]
 WEATHER = {"name": "get-weather", "description": "tells it", "input_schema": {"type": "object"}}

@@ -21,35 +21,18 @@ from herd.chat import Format, Sampling, Tool, ToolCall, ToolChoice
 from herd.serve import schema
 from herd.serve.schema import ChatBody, ChatMessage, ImageUrl, Part, StreamOptions
 from herd.serve.wire import Wire
-from tests.serve.conftest import Live
+from tests.serve.conftest import Live, refusal
 from tests.serve.echo import Echo
+from tests.serve.samples import EXTENSIONS, OF_RIVALS, SAMPLED_ANYWHERE
 
 FIELDS = set(typing.get_type_hints(openai_params.CompletionCreateParamsStreaming))
 
 # field: (its value on the wire, what Sampling makes of it)
-SAMPLED = {
+SAMPLED = SAMPLED_ANYWHERE | {
     "max_completion_tokens": (7, {"max_tokens": 7}),
     "max_tokens": (7, {"max_tokens": 7}),
-    "temperature": (0, {"temperature": 0.0}),
-    "top_p": (0.5, {"top_p": 0.5}),
-    "seed": (-3, {"seed": -3}),
-    "stop": ("END", {"stop": ("END",)}),
-    "top_k": (40, {"top_k": 40}),
-    "min_p": (0.1, {"min_p": 0.1}),
-    "ignore_eos": (True, {"ignore_eos": True}),
-    "frequency_penalty": (0.5, {"frequency_penalty": 0.5}),
-    "presence_penalty": (-1, {"presence_penalty": -1}),
-    "repetition_penalty": (1.1, {"repetition_penalty": 1.1}),
-    "logit_bias": ({"5": 1, "70": -2.5}, {"logit_bias": {5: 1.0, 70: -2.5}}),
     "logprobs": (True, {"logprobs": 0}),
     "response_format": ({"type": "json_object"}, {"format": Format(kind="json_object")}),
-    "structured_outputs": ({"regex": "a+"}, {"format": Format(kind="regex", value="a+")}),
-    "guided_json": ('{"type": "object"}', {"format": Format(kind="json_schema", value={"type": "object"})}),
-    "guided_regex": ("a+", {"format": Format(kind="regex", value="a+")}),
-    "guided_choice": (["a", "b"], {"format": Format(kind="choice", value=("a", "b"))}),
-    "json_schema": ({"type": "object"}, {"format": Format(kind="json_schema", value={"type": "object"})}),
-    "grammar": ('root ::= "a"', {"format": Format(kind="gbnf", value='root ::= "a"')}),
-    "guided_grammar": ('root ::= "a"', {"format": Format(kind="gbnf", value='root ::= "a"')}),
 }
 OTHERWISE_HONOURED = {
     "model",
@@ -65,32 +48,12 @@ OTHERWISE_HONOURED = {
     "parallel_tool_calls",
     "top_logprobs",
 }  # tests below, in test_api.py, test_sse.py, test_choices.py, test_tools.py, test_river.py
-OF_RIVALS = {  # those that completions have too, then those of chat
-    "allowed_token_ids": [5],
-    "bad_words": ["x"],
-    "cache_prompt": False,
-    "id_slot": 0,
-    "include_stop_str_in_output": True,
-    "length_penalty": 2.0,
-    "logits_processors": ["x"],
-    "min_tokens": 5,
-    "prompt_logprobs": 1,
-    "return_token_ids": True,
-    "return_tokens_as_token_ids": True,
-    "skip_special_tokens": False,
-    "spaces_between_special_tokens": False,
-    "stop_token_ids": [5],
-    "timings_per_token": True,
-    "truncate_prompt_tokens": 5,
-    "use_beam_search": True,
-}
 OF_RIVALS_CHAT = {
     "add_generation_prompt": False,
     "chat_template": "{{ messages }}",
     "chat_template_kwargs": {"enable_thinking": True},
     "continue_final_message": True,
 }
-EXTENSIONS = {"top_k", "min_p", "repetition_penalty", "ignore_eos", "timings", "return_progress", *schema.Sampled.formats}
 
 REFUSED = {
     **OF_RIVALS,
@@ -177,10 +140,7 @@ def test_ignored(served: Live, echo: Echo, field: str):
 def refused(served: Live, content: object = "hi", **fields: object) -> dict[str, typing.Any]:
     """The error of a request that must be a 400."""
     reply = served.chat(content, **fields)
-    assert reply.status_code == 400, reply.text
-    error = reply.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
-    return error
+    return refusal(reply)
 
 
 def image(url: object) -> list[dict[str, object]]:

@@ -14,8 +14,8 @@ import pytest
 
 from herd.engine.local import Local, load
 from herd.serve.config import ServeConfig
-from tests.engine.test_engine import is_clean
-from tests.engine.test_resident import until
+from tests.clock import until
+from tests.engine.made import is_clean
 from tests.serve.conftest import Live, live
 
 IDLE = int(os.environ.get("IDLE", "200"))

@@ -11,7 +11,7 @@ import pytest
 from herd.chat import Text
 from herd.errors import ContextError, HerdError
 from herd.serve.config import ServeConfig
-from tests.serve.conftest import Live
+from tests.serve.conftest import Live, client_of
 from tests.serve.echo import Script, words
 
 USAGE = {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
@@ -52,7 +52,7 @@ def test_pings_keep_a_silent_stream_open(serve):
     served = serve(Script([0.25, *words("late")]), ServeConfig(port=0, ping_s=0.1))
     pings = [event for event in events(served.chat(stream=True)) if event == ": ping"]
     assert len(pings) == 2
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+    with client_of(served) as client:
         stream = client.chat.completions.create(model="echo", messages=[{"role": "user", "content": "hi"}], stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "late"
 
@@ -82,7 +82,7 @@ def test_failure_mid_stream_is_the_last_event(serve):
     assert chunks[-1]["choices"][0]["delta"] == {"content": "half"}
     assert last == {"error": {"message": "the engine has stopped. Hint: restart herd", "type": "server_error", "param": None, "code": None}}
     assert served.chat().status_code == 500
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+    with client_of(served) as client:
         stream = client.chat.completions.create(model="echo", messages=[{"role": "user", "content": "hi"}], stream=True)
         with pytest.raises(openai.APIError, match="the engine has stopped"):
             list(stream)

@@ -3,8 +3,7 @@
 import asyncio
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -14,18 +13,10 @@ import herd
 from herd.engine.local import Local, Model
 from herd.engine.stuck import Patience
 from herd.errors import HerdError
+from tests.clock import until
 from tests.serve.conftest import live
 
 STUCK_S = 0.4
-
-
-def until(check: Callable[[], bool]) -> bool:
-    """Whether it comes true within ten seconds."""
-    for _ in range(1000):
-        if check():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 class Gate:

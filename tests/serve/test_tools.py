@@ -8,37 +8,15 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from herd.chat import Done, Text, ToolCall, ToolCallDelta, ToolCallEnd, ToolCallStart, Usage
+from herd.chat import ToolCall
 from herd.engine.local import Local, Model
-from tests.serve.conftest import Live, live
+from tests.serve.conftest import Live, client_of, live
 from tests.serve.echo import Script
+from tests.serve.samples import PARAMETERS, STEPS
 
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "enum": ["Paris", "Oslo"]}, "days": {"type": "integer", "enum": [1, 2, 3]}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-}
 WEATHER = {"type": "function", "function": {"name": "get-weather", "parameters": PARAMETERS, "strict": True}}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 HELLO = [{"role": "user", "content": "What is the weather?"}]
-STEPS = [
-    Text(text="Let me see. "),
-    ToolCallStart(index=0, id="call_a", name="get-weather"),
-    ToolCallDelta(index=0, arguments='{"city": "Pa'),
-    ToolCallDelta(index=0, arguments='ris", "days": 1}'),
-    ToolCallEnd(index=0),
-    ToolCallStart(index=1, id="call_b", name="clock"),
-    ToolCallDelta(index=1, arguments="{}"),
-    ToolCallEnd(index=1),
-    Done(reason="tool_calls", usage=Usage(prompt_tokens=9, completion_tokens=7, cached_tokens=4)),
-]
-
-
-@pytest.fixture(scope="module")
-def tiny_client(tiny: Model) -> Iterator[openai.OpenAI]:
-    with live(Local([tiny])) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_whole(serve):
@@ -84,7 +62,7 @@ def test_a_stream_of_calls_alone_has_no_content(serve):
 
 def test_the_clients_stream_helper(serve):
     served = serve(Script(STEPS))
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+    with client_of(served) as client:
         with client.chat.completions.stream(model="echo", messages=HELLO, tools=[WEATHER]) as stream:
             message = stream.get_final_completion().choices[0].message
         assert [(call.id, call.function.name) for call in message.tool_calls] == [("call_a", "get-weather"), ("call_b", "clock")]
@@ -97,7 +75,7 @@ def test_the_clients_stream_helper(serve):
 
 @pytest.fixture(scope="module")
 def cria_client(cria: Model) -> Iterator[openai.OpenAI]:
-    with live(Local([cria])) as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with live(Local([cria])) as server, client_of(server) as client:
         yield client
 
 

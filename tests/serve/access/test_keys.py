@@ -14,13 +14,10 @@ from herd.errors import HerdError, UsageError
 from herd.serve.access.keys import Guard, KeyFile
 from herd.serve.app import OPEN
 from herd.serve.config import ServeConfig
+from tests.serve.conftest import bearer
 from tests.serve.echo import Echo
 
 SECRET = "a secret of mine"
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {key}"}
 
 
 def test_a_file_of_keys(tmp_path: Path):

@@ -12,19 +12,9 @@ from herd.serve.access.keys import KeyFile
 from herd.serve.access.limits import Bucket, Limits, RateLimited, duration, estimate
 from herd.serve.config import ServeConfig
 from herd.serve.schema import ChatBody
-from tests.serve.conftest import Live
+from tests.clock import Clock
+from tests.serve.conftest import Live, bearer, client_of
 from tests.serve.echo import Echo, Script, words
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {key}"}
 
 
 def chat(served: Live, text: str = "one two", key: str = "", **fields: object) -> httpx2.Response:
@@ -34,7 +24,7 @@ def chat(served: Live, text: str = "one two", key: str = "", **fields: object) -
 
 def test_a_bucket_is_never_used_faster_than_it_fills():
     """Whatever is asked when: in any span of time no more is given than a bucket's worth and what flows in meanwhile."""
-    clock = Clock()
+    clock = Clock(1000.0)
     bucket = Bucket(120, clock)
     given: list[tuple[float, int]] = []
     for turn in range(2000):
@@ -52,7 +42,7 @@ def test_a_bucket_is_never_used_faster_than_it_fills():
 
 
 def test_a_bucket_waits_as_long_as_it_says():
-    clock = Clock()
+    clock = Clock(1000.0)
     bucket = Bucket(60, clock)
     bucket.take(60)
     assert bucket.wait_s(5) == pytest.approx(5)
@@ -72,7 +62,7 @@ def body(text: str, **fields: object) -> ChatBody:
 
 
 def test_an_estimate_is_settled():
-    clock = Clock()
+    clock = Clock(1000.0)
     limits = Limits(0, 1000, clock)
 
     def left() -> int:
@@ -168,7 +158,7 @@ def test_openais_client_waits_as_it_is_told(serve):
         asked = (ask(model="echo", messages=[{"role": "user", "content": "x"}]).retries_taken for _ in range(1000))
         assert next(retries for retries in asked if retries) <= 2  # told to the millisecond, so that one more try is enough
     with (
-        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client,
+        client_of(served) as client,
         pytest.raises(openai.RateLimitError) as caught,
     ):
         for _ in range(1000):

@@ -6,14 +6,8 @@ from herd.serve.access import tries
 from herd.serve.access.keys import Guard, KeyFile, KeyRefused, TooManyTries
 from herd.serve.access.tries import Tries, network
 from herd.serve.config import ServeConfig
+from tests.clock import Clock
 from tests.serve.echo import Echo
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_a_guesser_gets_few_tries():

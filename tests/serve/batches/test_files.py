@@ -16,7 +16,7 @@ from openai.types import file_create_params, file_list_params
 from herd.serve.access.keys import KeyFile
 from herd.serve.batches.files import FileForm, FilePage
 from herd.serve.config import ServeConfig
-from tests.serve.conftest import Live, live
+from tests.serve.conftest import Live, client_of, live
 from tests.serve.echo import Echo
 
 LIMIT = 300_000
@@ -37,10 +37,6 @@ def running(folder: Path) -> Iterator[Live]:
 def client(running: Live) -> Iterator[openai.OpenAI]:
     with client_of(running) as client:
         yield client
-
-
-def client_of(running: Live, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0)
 
 
 def post(

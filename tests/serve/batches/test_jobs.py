@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 import typing
 from collections import Counter
@@ -26,7 +24,8 @@ from herd.serve.batches import jobs as module
 from herd.serve.batches.files import Page
 from herd.serve.batches.jobs import BatchBody
 from herd.serve.config import ServeConfig
-from tests.serve.conftest import Live, live
+from tests.processes import Forks
+from tests.serve.conftest import Live, client_of, live
 from tests.serve.echo import Echo
 
 CHAT = "/v1/chat/completions"
@@ -35,10 +34,6 @@ Serve = Callable[..., Live]
 
 def config_of(folder: Path, **more: Any) -> ServeConfig:
     return ServeConfig(port=0, data_folder=folder, drain_s=1, **more)
-
-
-def client_of(running: Live, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{running.url}/v1", api_key=key, max_retries=0)
 
 
 @pytest.fixture
@@ -303,40 +298,26 @@ def test_a_disk_that_was_full_for_a_while(serve: Serve, tmp_path: Path, monkeypa
         assert batch.request_counts.completed == 40 and len(results(client, batch.output_file_id)) == 40
 
 
-SERVER = """
-import sys
-from pathlib import Path
-from tests.serve.echo import Echo
-from herd.serve.app import bind, make_app, run
-from herd.serve.config import ServeConfig
-config = ServeConfig(port=0, drain_s=1, data_folder=Path(sys.argv[1]))
-run(make_app(Echo(word_s=0.01), config), bind(config), config, ready=lambda url: print(url, flush=True))
-"""
-
-
 @pytest.mark.slow
-def test_kill_9_loses_no_line_and_tells_none_twice(tmp_path: Path) -> None:
+def test_kill_9_loses_no_line_and_tells_none_twice(forks: Forks, tmp_path: Path) -> None:
     """At random moments, from validating to the end; and once in good order."""
     expected = {f"line {i}": ask(f"text {i} a b", temprature=1) if i % 10 == 9 else ask(f"text {i} a b") for i in range(600)}
     batch = None
     for attempt in range(6):
-        command = [sys.executable, "-c", SERVER, str(tmp_path)]
-        with subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True) as process:
-            try:
-                url = process.stdout.readline().strip()
-                with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-                    batch = batch or submit(client, jsonl(expected))
-                    if attempt < 5:
-                        time.sleep(0.1 + 0.15 * attempt)
-                        before = client.batches.retrieve(batch.id)
-                        process.send_signal(signal.SIGTERM if attempt == 2 else signal.SIGKILL)
-                        process.wait(10)
-                        continue
-                    assert before.status == "in_progress" and 0 < before.request_counts.completed < 540, before
-                    batch = wait(client, batch, 60)
-                    good, wrong = results(client, batch.output_file_id), results(client, batch.error_file_id)
-            finally:
-                process.kill()
+        with (
+            forks.run("tests.serve.echo:serve_echo", 0.01, str(tmp_path)) as server,
+            client_of(server) as client,
+        ):
+            batch = batch or submit(client, jsonl(expected))
+            if attempt < 5:
+                time.sleep(0.1 + 0.15 * attempt)
+                before = client.batches.retrieve(batch.id)
+                server.send_signal(signal.SIGTERM if attempt == 2 else signal.SIGKILL)
+                server.wait(10)
+                continue
+            assert before.status == "in_progress" and 0 < before.request_counts.completed < 540, before
+            batch = wait(client, batch, 60)
+            good, wrong = results(client, batch.output_file_id), results(client, batch.error_file_id)
     assert batch.status == "completed" and batch.request_counts.to_dict() == {"total": 600, "completed": 540, "failed": 60}
     assert {*good, *wrong} == expected.keys() and len(good) + len(wrong) == 600
     for name, entry in good.items():

@@ -26,30 +26,19 @@ from herd.serve.config import ServeConfig
 from herd.serve.responses.events import Answer
 from herd.serve.responses.routes import _lines, _replies
 from herd.serve.sse import EventStream
-from tests.serve.conftest import Live, live
+from tests.serve.conftest import Live, client_of, live
 from tests.serve.echo import Echo, Script, words
-from tests.serve.test_api import IMAGE, PIXEL
-from tests.serve.test_connection import alone, goes
-from tests.serve.test_tools import PARAMETERS, STEPS
+from tests.serve.loops import alone, goes
+from tests.serve.samples import IMAGE, PARAMETERS, PIXEL, STEPS
 
 TOOLS = [{"type": "function", "name": "get-weather", "parameters": PARAMETERS, "strict": True}, {"type": "function", "name": "clock"}]
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 LOGPROBS = "message.output_text.logprobs"
 
 
-def client_of(served: Live, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0)
-
-
 @pytest.fixture(scope="module")
 def client(served: Live) -> Iterator[openai.OpenAI]:
     with client_of(served) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def tiny_client(tiny: Model) -> Iterator[openai.OpenAI]:
-    with live(Local([tiny])) as server, client_of(server) as client:
         yield client
 
 

@@ -13,36 +13,18 @@ from herd.chat import Format, Sampling, Tool, ToolChoice
 from herd.serve.responses import schema as schema
 from herd.serve.responses.schema import Item, Piece, ResponsesBody
 from herd.serve.wire import Wire
-from tests.serve.conftest import Live
+from tests.serve.conftest import Live, refusal
 from tests.serve.echo import Echo
-from tests.serve.test_schema import EXTENSIONS
+from tests.serve.samples import EXTENSIONS, SAMPLED_ANYWHERE
 
 FIELDS = set(typing.get_type_hints(response_create_params.ResponseCreateParamsStreaming))
 LOGPROBS = {"include": ["message.output_text.logprobs"]}
 
 # field: (its value on the wire, what Sampling makes of it)
-SAMPLED = {
+SAMPLED = SAMPLED_ANYWHERE | {
     "max_output_tokens": (7, {"max_tokens": 7}),
-    "temperature": (0, {"temperature": 0.0}),
-    "top_p": (0.5, {"top_p": 0.5}),
-    "seed": (-3, {"seed": -3}),
-    "stop": ("END", {"stop": ("END",)}),
-    "top_k": (40, {"top_k": 40}),
-    "min_p": (0.1, {"min_p": 0.1}),
-    "ignore_eos": (True, {"ignore_eos": True}),
-    "frequency_penalty": (0.5, {"frequency_penalty": 0.5}),
-    "presence_penalty": (-1, {"presence_penalty": -1}),
-    "repetition_penalty": (1.1, {"repetition_penalty": 1.1}),
-    "logit_bias": ({"5": 1}, {"logit_bias": {5: 1.0}}),
     "include": (["message.output_text.logprobs"], {"logprobs": 0}),
     "text": ({"format": {"type": "json_object"}}, {"format": Format(kind="json_object")}),
-    "structured_outputs": ({"regex": "a+"}, {"format": Format(kind="regex", value="a+")}),
-    "guided_json": ('{"type": "object"}', {"format": Format(kind="json_schema", value={"type": "object"})}),
-    "guided_regex": ("a+", {"format": Format(kind="regex", value="a+")}),
-    "guided_choice": (["a", "b"], {"format": Format(kind="choice", value=("a", "b"))}),
-    "guided_grammar": ('root ::= "a"', {"format": Format(kind="gbnf", value='root ::= "a"')}),
-    "grammar": ('root ::= "a"', {"format": Format(kind="gbnf", value='root ::= "a"')}),
-    "json_schema": ({"type": "object"}, {"format": Format(kind="json_schema", value={"type": "object"})}),
 }
 TOLD = {  # kept, and told again
     "metadata": {"a": "b"},
@@ -91,10 +73,7 @@ def ask(served: Live, input: object = "one two", **fields: object) -> typing.Any
 def refused(served: Live, input: object = "hi", **fields: object) -> dict[str, typing.Any]:
     """The error of a request that must be a 400."""
     reply = ask(served, input, **fields)
-    assert reply.status_code == 400, reply.text
-    error = reply.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
-    return error
+    return refusal(reply)
 
 
 def test_every_openai_field_is_in_one_group():

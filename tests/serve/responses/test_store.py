@@ -8,20 +8,14 @@ import pytest
 from herd.errors import HerdError, ResourceError, UsageError
 from herd.serve.responses.store import DAY_S, TABLES, Responses
 from herd.serve.store import Store
-
-
-class Clock:
-    now = 1e9
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 class Kept:
     """A store under test, with short words for what it does."""
 
     def __init__(self, max_bytes: int = 1 << 30, days: float = 30.0) -> None:
-        self.clock = Clock()
+        self.clock = Clock(1e9)
         self.store = Store(None, TABLES)
         self.responses = Responses(self.store, max_bytes, days, self.clock)
 
