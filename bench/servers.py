@@ -155,6 +155,8 @@ async def stream(port: int, body: dict[str, Any], leave_after: int | None = None
 
 def _events(pieces: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
     """The whole events of a body in chunks, each with the moment at which its last byte came. pieces: of the body, as they came."""
+    if not pieces:
+        return
     raw = b"".join(piece for _, piece in pieces)
     arrivals = ((end, moment) for end, (moment, _) in zip(accumulate(len(piece) for _, piece in pieces), pieces, strict=True))
     end, moment = next(arrivals)

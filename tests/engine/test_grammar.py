@@ -373,14 +373,14 @@ def test_what_is_forced_is_taken_at_its_word(llama4: Any, grammar: str, vocabula
 
 
 def test_a_long_literal_costs_once(llama4: Any) -> None:  # noqa: F811
-    """0.2 s and not 0.04 at every token."""
+    """0.1 s and not 0.04 at every token."""
     text = json.dumps({"grammars": [{"json_schema": {"const": "ab" * 50_000}}]})
     grammar = Grammars(llama4, 202_048, [200_001]).compile(text, "")
     grammar._matcher = spied = Spied(grammar._matcher)  # type: ignore[assignment]
     for _ in range(300):
         grammar.prepare()
         grammar.read(grammar.drafts([], 4)[0])
-    assert spied.asked["unsafe_compute_mask_ptr"] == 1 == spied.asked["compute_ff_tokens"]
+    assert spied.asked["unsafe_compute_mask_ptr"] == 0 and spied.asked["compute_ff_tokens"] == 1
 
 
 def test_the_released_vocabulary(llama4: Any) -> None:  # noqa: F811
